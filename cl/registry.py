@@ -51,7 +51,9 @@ class Registry(Generic[T]):
 
         def add(value: T) -> T:
             if name in self._entries and self._entries[name].value is not value:
-                raise ConfigError(f"Two {self.kind}s are registered as {name!r}: {self._entries[name].value} and {value}.")
+                raise ConfigError(
+                    f"Two {self.kind}s are registered as {name!r}: {self._entries[name].value} and {value}."
+                )
             self._entries[name] = Entry(name, summary, paper, value)
             return value
 
@@ -70,7 +72,9 @@ class Registry(Generic[T]):
             try:
                 value: Any = point.load()
             except Exception as error:
-                raise ConfigError(f"The {self.kind} {point.name!r} ({point.value}) does not import: {error}.") from error
+                raise ConfigError(
+                    f"The {self.kind} {point.name!r} ({point.value}) does not import: {error}."
+                ) from error
             if point.name not in self._entries:  # the module may have used the decorator itself
                 summary = (getattr(value, "__doc__", None) or "").strip().split("\n")[0]
                 self._entries[point.name] = Entry(point.name, summary, getattr(value, "paper", ""), value)
@@ -80,7 +84,9 @@ class Registry(Generic[T]):
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"No {self.kind} is called {name!r}: choose from {', '.join(sorted(self._entries))}.{hint}")
+            raise ConfigError(
+                f"No {self.kind} is called {name!r}: choose from {', '.join(sorted(self._entries))}.{hint}"
+            )
         return self._entries[name].value
 
     def entries(self) -> list[Entry[T]]:

@@ -55,7 +55,11 @@ def list_files(url: str, suffix: str = "") -> list[str]:
     """Names (not paths) of the files directly in a folder, sorted, temporary ones left out; [] if there is none."""
     fs, path = open_fs(url)
     try:
-        names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=True) if entry["type"] == "file"]
+        names = [
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]
+            for entry in fs.ls(path, detail=True)
+            if entry["type"] == "file"
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in names if name.endswith(suffix) and not name.startswith(TEMPORARY))

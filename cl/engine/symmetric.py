@@ -1,0 +1,265 @@
+"""Symmetric InfoNCE in one sweep: the fused path of the most common objective.
+
+    s_ij = scale * <a_i, c_j>
+    L    = sum_i w_i [ f (lse_j s_ij - s_ii) + (1 - f) (lse_j s_ji - s_ii) ] / sum_i w_i
+
+(van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", eq. 4; both directions
+as in CLIP, Radford et al. 2021, fig. 3). f is 1/2 for CLIP, 1 for anchors against candidates only.
+
+Rows are the local anchors, columns the candidates of all workers. One tile of s serves both directions: its row
+log-sum-exps are complete on this worker, its column log-sum-exps are partial and all-reduced (maximum, then sum
+of exponentials). Backward computes each tile again, so memory is O(batch x dim). That is four matrix products a tile and
+one side on the wire: candidates are gathered (or circulate, `ring`), their gradients reduce-scattered (or travel with
+their block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cl.engine.collectives import Layout, Workers
+
+Exchange = Literal["gather", "ring", "local"]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a sweep is cut: at most `rows` anchors by `columns` candidates at a time."""
+
+    rows: int = 256
+    columns: int = 8192
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is known of every column (candidate) of the global batch, and of the local rows among them.
+
+    Attributes:
+        weight: [N] in the accumulation type; 0 masks.
+        content: [N, K] int64 or None: columns that agree with a row in any of K are not its negatives.
+        repeated: [N, K] bool, which content ids occur more than once; most tiles have none and skip the comparison.
+        first_row: the column of local row 0.
+    """
+
+    weight: Tensor
+    content: Tensor | None
+    repeated: Tensor | None
+    first_row: int
+
+    @staticmethod
+    def of(weight: Tensor, content: Tensor | None, layout: Layout) -> Columns:
+        """Gather local weights [B] and content ids [B, K]; O(N) memory."""
+        first_row = layout.local.start
+        weight = layout.gather(weight)
+        if content is None:
+            return Columns(weight, None, None, first_row)
+        content = layout.gather(content)
+        repeated = torch.zeros_like(content, dtype=torch.bool)
+        for k in range(content.shape[1]):
+            _, inverse, counts = content[:, k].unique(return_inverse=True, return_counts=True)
+            repeated[:, k] = counts[inverse] > 1
+        return Columns(weight, content, repeated, first_row)
+
+    def mask_(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Put -inf where a column is no candidate for a row: a masked sample, or the row's own content again."""
+        global_rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
+        scores.masked_fill_(self.weight[columns] == 0, -torch.inf)
+        scores.masked_fill_((self.weight[global_rows] == 0)[:, None], -torch.inf)
+        if self.content is None or self.repeated is None:
+            return scores
+        for k in range(self.content.shape[1]):
+            i = self.repeated[global_rows, k].nonzero()[:, 0]
+            j = self.repeated[columns, k].nonzero()[:, 0]
+            if len(i) and len(j):
+                same = self.content[global_rows.start + i, k][:, None] == self.content[columns.start + j, k]
+                same &= (global_rows.start + i)[:, None] != columns.start + j  # a row's own positive stays
+                scores[i[:, None], j] = scores[i[:, None], j].masked_fill(same, -torch.inf)
+        return scores
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One evaluation over tiles: where the columns come from, how the work is cut, over whom the loss is a mean."""
+
+    layout: Layout
+    exchange: Exchange
+    tiling: Tiling
+    workers: Workers
+
+    def blocks(self, candidates: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first column, candidates [n, D]) blocks that together are all columns: one gathered, or one a worker."""
+        if self.exchange == "ring" and self.layout.workers.size > 1:
+            starts = [sum(self.layout.rows[:r]) for r in range(self.layout.workers.size)]
+            for owner, (block,) in self.layout.ring(candidates):
+                yield starts[owner], block
+        else:
+            yield 0, self.layout.gather(candidates)
+
+    def tiles(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+        for j in range(0, columns, self.tiling.columns):
+            for i in range(0, rows, self.tiling.rows):
+                yield slice(i, min(i + self.tiling.rows, rows)), slice(j, min(j + self.tiling.columns, columns))
+
+
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half types, the type itself otherwise."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] times right [k, n], accumulated and returned in float32 where the inputs are of a half type."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    # The CPU has no half product with a float32 result; half values are exact in float32.
+    return left.float() @ right.float()
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left times right, in place, in the type of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += product(left, right)
+
+
+class SymmetricInfoNCE(torch.autograd.Function):
+    """loss, positive scores [B], row log-sum-exp [B] = apply(anchors, candidates, scale, columns, sweep, forward_share)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        candidates: Tensor,
+        scale: Tensor,
+        columns: Columns,
+        sweep: Sweep,
+        forward_share: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layout = sweep.layout
+        workers = layout.workers
+        kind = accumulation_type(anchors.dtype)
+        # A masked sample may hold anything, NaN too: it must not reach a product.
+        valid = (columns.weight[layout.local] > 0)[:, None]
+        anchors, candidates = anchors.where(valid, 0), candidates.where(valid, 0)
+        factor = scale.to(kind)
+        row_lse = torch.full((len(anchors),), -torch.inf, dtype=kind, device=anchors.device)
+        column_lse = torch.full((layout.total,), -torch.inf, dtype=kind, device=anchors.device)
+        with torch.autocast(anchors.device.type, enabled=False):
+            positive = factor * (anchors.to(kind) * candidates.to(kind)).sum(1)
+            for start, block in sweep.blocks(candidates):
+                for i, j in sweep.tiles(len(anchors), len(block)):
+                    at = slice(start + j.start, start + j.stop)
+                    scores = columns.mask_(product(anchors[i], block[j].T).mul_(factor), i, at)
+                    row_lse[i] = torch.logaddexp(row_lse[i], scores.logsumexp(1))
+                    if forward_share < 1:
+                        column_lse[at] = torch.logaddexp(column_lse[at], scores.logsumexp(0))
+            if forward_share < 1 and workers.size > 1:
+                largest = workers.all_reduce(column_lse.clone(), dist.ReduceOp.MAX)
+                shift = largest.where(largest.isfinite(), 0)
+                column_lse = workers.all_reduce((column_lse - shift).exp_()).log_().add_(shift)
+
+            weight = columns.weight[layout.local]
+            total = sweep.workers.all_reduce(weight.sum())
+            share = torch.where(total > 0, weight / total, 0)  # of each local sample in the loss; 0/0 is 0
+            terms = forward_share * (row_lse - positive)
+            if forward_share < 1:
+                terms = terms + (1 - forward_share) * (column_lse[layout.local] - positive)
+            loss = sweep.workers.all_reduce(terms.where(weight > 0, 0).mul_(share).sum())
+        ctx.save_for_backward(anchors, candidates, factor, row_lse, column_lse, share, total)
+        ctx.columns, ctx.sweep, ctx.forward_share, ctx.scale_dtype = columns, sweep, forward_share, scale.dtype
+        ctx.mark_non_differentiable(positive, row_lse)
+        return loss, positive, row_lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        anchors, candidates, factor, row_lse, column_lse, share, total = ctx.saved_tensors
+        columns, sweep, forward_share = ctx.columns, ctx.sweep, ctx.forward_share
+        layout: Layout = sweep.layout
+        workers = layout.workers
+        kind = factor.dtype
+        # A sample with no valid column has -inf here; its probabilities are 0, not NaN.
+        row_lse = row_lse.where(row_lse.isfinite(), torch.inf)
+        column_lse = column_lse.where(column_lse.isfinite(), torch.inf)
+        row_weight = forward_share * share
+        column_weight = (1 - forward_share) * torch.where(total > 0, columns.weight / total, 0)
+
+        d_anchors = torch.zeros(anchors.shape, dtype=kind, device=anchors.device)
+        ring = sweep.exchange == "ring" and workers.size > 1
+        travelling = (
+            torch.zeros(max(layout.rows), anchors.shape[1], dtype=kind, device=anchors.device) if ring else None
+        )
+        d_block = travelling
+        with torch.autocast(anchors.device.type, enabled=False):
+            for hop, (start, block) in enumerate(sweep.blocks(candidates)):
+                if ring:
+                    assert d_block is not None
+                    d_block = layout.pass_on(d_block) if hop else d_block
+                else:
+                    d_block = torch.zeros(block.shape, dtype=kind, device=block.device)
+                for i, j in sweep.tiles(len(anchors), len(block)):
+                    at = slice(start + j.start, start + j.stop)
+                    scores = columns.mask_(product(anchors[i], block[j].T).mul_(factor), i, at)
+                    slope = (scores - row_lse[i, None]).exp_().mul_(row_weight[i, None])
+                    if forward_share < 1:
+                        slope += scores.sub_(column_lse[at]).exp_().mul_(column_weight[at])
+                    slope = slope.to(anchors.dtype)
+                    add_product_(d_anchors[i], slope, block[j])
+                    add_product_(d_block[j], slope.T, anchors[i])
+            assert d_block is not None
+            d_candidates = layout.pass_on(d_block)[: len(anchors)] if ring else layout.reduce_scatter(d_block)
+            # The positive's own -1 in both directions, in the accumulation type.
+            own = share[:, None]
+            d_anchors -= own * candidates.to(kind)
+            d_candidates = d_candidates - own * anchors.to(kind)
+            # sum_ij slope_ij <a_i, c_j> is <a_i, its gradient>: the temperature costs no product of its own.
+            d_scale = (anchors.to(kind) * d_anchors).sum()
+            factor = factor * grad * sweep.workers.averaged_by
+        return (
+            (d_anchors * factor).to(anchors.dtype),
+            (d_candidates * factor).to(candidates.dtype),
+            (d_scale * grad * sweep.workers.averaged_by).to(ctx.scale_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def symmetric_infonce(
+    anchors: Tensor,
+    candidates: Tensor,
+    scale: Tensor,
+    *,
+    layout: Layout,
+    weight: Tensor,
+    content: Tensor | None = None,
+    forward_share: float = 0.5,
+    exchange: Exchange = "gather",
+    tiling: Tiling = Tiling(),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of the global batch, with gradients by the convention of `cl.engine.collectives`.
+
+    Args:
+        anchors, candidates: local embeddings [B, D]; row i of both belongs to sample i.
+        scale: 0-d, the inverse temperature; receives a gradient.
+        layout: the rows of each worker; workers may hold different numbers of rows, or none.
+        weight: [B], 0 masks a sample.
+        content: [B, K] int64; samples that agree in any column are not each other's negatives.
+        forward_share: weight of anchor -> candidates; the rest goes to candidate -> anchors.
+
+    Returns:
+        loss (0-d), and without gradient the scaled positive scores [B] and the row log-sum-exps [B].
+    """
+    workers = layout.workers
+    if exchange == "local":  # each worker's negatives are its own; the mean is still over all workers' samples
+        layout = Layout(Workers(), (len(anchors),))
+    columns = Columns.of(weight.to(accumulation_type(anchors.dtype)), content, layout)
+    sweep = Sweep(layout, exchange, tiling, workers)
+    return SymmetricInfoNCE.apply(anchors, candidates, scale, columns, sweep, forward_share)

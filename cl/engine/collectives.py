@@ -163,7 +163,7 @@ class _GatherRows(torch.autograd.Function):
         return layout.gather(value) if layout.workers.size > 1 else value.clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.layout.reduce_scatter(grad), None  # type: ignore[attr-defined]
 
 

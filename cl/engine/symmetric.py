@@ -8,9 +8,9 @@ as in CLIP, Radford et al. 2021, fig. 3). f is 1/2 for CLIP, 1 for anchors again
 
 Rows are the local anchors, columns the candidates of all workers. One tile of s serves both directions: its row
 log-sum-exps are complete on this worker, its column log-sum-exps are partial and all-reduced (maximum, then sum
-of exponentials). Backward computes each tile again, so memory is O(batch x dim). That is four matrix products a tile and
-one side on the wire: candidates are gathered (or circulate, `ring`), their gradients reduce-scattered (or travel with
-their block).
+of exponentials). Backward computes each tile again, so memory is O(batch x dim). That is four matrix products a
+tile and one side on the wire: candidates are gathered (or circulate, `ring`), their gradients reduce-scattered (or
+travel with their block).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class SymmetricInfoNCE(torch.autograd.Function):
-    """loss, positive scores [B], row log-sum-exp [B] = apply(anchors, candidates, scale, columns, sweep, forward_share)."""
+    """Returns loss, positive scores [B], row log-sum-exps [B]; see `symmetric_infonce`."""
 
     @staticmethod
     def forward(
@@ -179,7 +179,7 @@ class SymmetricInfoNCE(torch.autograd.Function):
         return loss, positive, row_lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         anchors, candidates, factor, row_lse, column_lse, share, total = ctx.saved_tensors
         columns, sweep, forward_share = ctx.columns, ctx.sweep, ctx.forward_share
         layout: Layout = sweep.layout
@@ -193,14 +193,11 @@ class SymmetricInfoNCE(torch.autograd.Function):
 
         d_anchors = torch.zeros(anchors.shape, dtype=kind, device=anchors.device)
         ring = sweep.exchange == "ring" and workers.size > 1
-        travelling = (
-            torch.zeros(max(layout.rows), anchors.shape[1], dtype=kind, device=anchors.device) if ring else None
-        )
-        d_block = travelling
+        # In the ring the candidates' gradient travels with its block and is home again after the last hop.
+        d_block = torch.zeros(max(layout.rows), anchors.shape[1], dtype=kind, device=anchors.device)
         with torch.autocast(anchors.device.type, enabled=False):
             for hop, (start, block) in enumerate(sweep.blocks(candidates)):
                 if ring:
-                    assert d_block is not None
                     d_block = layout.pass_on(d_block) if hop else d_block
                 else:
                     d_block = torch.zeros(block.shape, dtype=kind, device=block.device)
@@ -210,15 +207,14 @@ class SymmetricInfoNCE(torch.autograd.Function):
                     slope = (scores - row_lse[i, None]).exp_().mul_(row_weight[i, None])
                     if forward_share < 1:
                         slope += scores.sub_(column_lse[at]).exp_().mul_(column_weight[at])
+                    # The positive's own -1, both directions at once, before anything is rounded to a half type.
+                    offset = columns.first_row + i.start - at.start
+                    own = slope.diagonal(offset)
+                    own -= share[i][max(0, -offset) :][: len(own)]
                     slope = slope.to(anchors.dtype)
                     add_product_(d_anchors[i], slope, block[j])
                     add_product_(d_block[j], slope.T, anchors[i])
-            assert d_block is not None
             d_candidates = layout.pass_on(d_block)[: len(anchors)] if ring else layout.reduce_scatter(d_block)
-            # The positive's own -1 in both directions, in the accumulation type.
-            own = share[:, None]
-            d_anchors -= own * candidates.to(kind)
-            d_candidates = d_candidates - own * anchors.to(kind)
             # sum_ij slope_ij <a_i, c_j> is <a_i, its gradient>: the temperature costs no product of its own.
             d_scale = (anchors.to(kind) * d_anchors).sum()
             factor = factor * grad * sweep.workers.averaged_by

@@ -16,9 +16,7 @@ class TemperatureConfig(Config):
 
     temperature: float = Field(0.07, gt=0, description="initial temperature; scores are divided by it")
     learn_temperature: bool = Field(True, description="train the log of the inverse temperature")
-    max_scale: float = Field(
-        100.0, gt=0, description="largest inverse temperature; the parameter is clamped after each step"
-    )
+    max_scale: float = Field(100.0, gt=0, description="largest inverse temperature, kept after each step")
 
 
 class Temperature(nn.Module):

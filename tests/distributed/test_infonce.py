@@ -1,0 +1,182 @@
+"""InfoNCE over real workers equals the dense formula in float64: loss, embedding gradients, temperature gradient.
+
+The reference is CLIP's formula written out on one matrix: cross-entropy of rows and of columns, candidates with the
+anchor's content or without weight taken out, mean weighted over the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cl.engine.collectives import Workers
+from cl.objectives import ObjectiveConfig, build_objective
+from cl.pairs import Pairs
+from tests.distributed.pool import Pool
+
+DIMENSIONS = 6
+SCALE = 14.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A global batch and how it is divided."""
+
+    rows: tuple[int, ...]
+    exchange: str = "gather"
+    direction: str = "both"
+    tile_rows: int = 256
+    tile_columns: int = 8192
+    repeats: bool = False
+    masked: bool = False
+    seed: int = 0
+    temperature: float = 1 / SCALE
+    dtype: torch.dtype = torch.float64
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        count = sum(self.rows)
+        first = normalize(torch.randn(count, DIMENSIONS, generator=generator, dtype=torch.float64), dim=1)
+        second = normalize(torch.randn(count, DIMENSIONS, generator=generator, dtype=torch.float64), dim=1)
+        content = torch.arange(2 * count).view(count, 2)
+        if self.repeats:
+            content = torch.randint(0, max(2, count // 2), (count, 2), generator=generator)
+        weight = torch.rand(count, generator=generator, dtype=torch.float64) + 0.5
+        if self.masked:
+            weight[torch.rand(count, generator=generator) < 0.4] = 0
+            first[weight == 0] = torch.nan  # what a masked sample holds must not matter
+        return first.to(self.dtype), second.to(self.dtype), content, weight.to(self.dtype)
+
+
+def reference(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradients by the dense formula in one process."""
+    first, second, content, weight = case.batch()
+    first, second, weight = first.double().nan_to_num(), second.double(), weight.double()
+    first.requires_grad_()
+    second.requires_grad_()
+    log_scale = torch.tensor(1 / case.temperature).log().double().requires_grad_()
+    scores = log_scale.exp() * first @ second.T
+    count = len(first)
+    same = (content[:, None] == content[None]).any(2) & ~torch.eye(count, dtype=torch.bool)
+    masked = same | (weight == 0)[None] | (weight == 0)[:, None]
+    rows = scores.masked_fill(masked, -torch.inf)
+    valid = weight > 0
+    nothing = first.sum() * 0 + second.sum() * 0 + log_scale * 0
+    if not valid.any():
+        loss = nothing
+    else:
+        positive = scores.diagonal()[valid]
+        forward = rows[valid].logsumexp(1) - positive
+        backward = rows[:, valid].logsumexp(0) - positive
+        share = {"both": 0.5, "forward": 1.0, "backward": 0.0}[case.direction]
+        terms = share * forward + (1 - share) * backward
+        loss = (weight[valid] * terms).sum() / weight.sum() + nothing
+    gradients = torch.autograd.grad(loss, (first, second, log_scale))
+    return loss.detach(), *gradients
+
+
+def on_worker(workers: Workers, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What one worker returns; gradients as they stand before the wrapper averages them."""
+    start = sum(case.rows[: workers.rank])
+    mine = slice(start, start + case.rows[workers.rank])
+    first, second, content, weight = (value[mine] for value in case.batch())
+    first.requires_grad_()
+    second.requires_grad_()
+    config = ObjectiveConfig.model_validate(
+        {
+            "name": "infonce",
+            "temperature": case.temperature,
+            "direction": case.direction,
+            "exchange": case.exchange,
+            "tile_rows": case.tile_rows,
+            "tile_columns": case.tile_columns,
+        }
+    )
+    objective = build_objective(config).to(torch.float64 if case.dtype == torch.float64 else torch.float32)
+    outcome = objective(Pairs({"image": first, "text": second}, content=content, weight=weight), workers)
+    outcome.loss.backward()
+    parameter = objective.temperature.log_scale.grad
+    return outcome.loss.detach(), first.grad, second.grad, parameter
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected).norm() / (expected.norm() + 1e-3))
+
+
+def check(pool: Pool, case: Case, bound: float = 1e-10) -> None:
+    size = len(case.rows)
+    expected = reference(case)
+    answers = pool.run(on_worker, size, case)
+    for answer in answers:
+        assert error(answer[0], expected[0]) <= bound  # every worker returns the loss of the global batch
+    # P on the embeddings is undone by the average over P workers; parameters are averaged themselves.
+    assert error(torch.cat([answer[1] for answer in answers]) / size, expected[1]) <= bound
+    assert error(torch.cat([answer[2] for answer in answers]) / size, expected[2]) <= bound
+    assert error(torch.stack([answer[3] for answer in answers]).mean(), expected[3]) <= bound
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("rows", [(7,), (5, 5), (3, 8), (4, 0, 5), (0, 2, 7, 1)], ids=str)
+@pytest.mark.parametrize("tiles", [(256, 8192), (3, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("batch", ["plain", "repeats", "masked", "repeats and masked"])
+def test_equals_dense_formula(
+    pool: Pool, exchange: str, rows: tuple[int, ...], tiles: tuple[int, int], batch: str
+) -> None:
+    check(
+        pool,
+        Case(
+            rows,
+            exchange,
+            tile_rows=tiles[0],
+            tile_columns=tiles[1],
+            repeats="repeats" in batch,
+            masked="masked" in batch,
+            seed=hash((rows, tiles)) % 1000,
+        ),
+    )
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_one_direction(pool: Pool, direction: str, exchange: str) -> None:
+    check(pool, Case((4, 3, 5), exchange, direction, tile_rows=2, tile_columns=3, repeats=True, masked=True))
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_scale_100_does_not_overflow(pool: Pool, exchange: str) -> None:
+    """Ring versions without a running maximum are inf from scale 90 on."""
+    check(pool, Case((6, 6), exchange, temperature=0.01, dtype=torch.float32, tile_rows=4, tile_columns=4), bound=2e-5)
+
+
+def test_all_masked_is_zero(pool: Pool) -> None:
+    """0/0 is 0: a step whose samples are all corrupt has no loss and no gradient."""
+    for loss, first, second, scale in pool.run(_all_masked, 2):
+        assert loss == 0
+        assert not first.any()
+        assert not second.any()
+        assert scale == 0
+
+
+def _all_masked(workers: Workers) -> tuple[Tensor, ...]:
+    first, second = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    objective = build_objective(ObjectiveConfig())
+    outcome = objective(Pairs({"image": first, "text": second}, weight=torch.zeros(3)), workers)
+    outcome.loss.backward()
+    return outcome.loss.detach(), first.grad, second.grad, objective.temperature.log_scale.grad
+
+
+def test_local_negatives_are_a_weighted_mean_of_groups(pool: Pool) -> None:
+    """exchange=local: L = sum over workers of (weight of worker / weight of all) x loss of worker."""
+    case = Case((3, 6), "local", masked=True)
+    first, second, content, weight = case.batch()
+    losses = []
+    for rows in (slice(0, 3), slice(3, 9)):
+        objective = build_objective(ObjectiveConfig.model_validate({"temperature": case.temperature})).double()
+        pairs = Pairs({"image": first[rows], "text": second[rows]}, content=content[rows], weight=weight[rows])
+        losses.append(objective(pairs, Workers()).loss.detach() * weight[rows].sum() / weight.sum())
+    for answer in pool.run(on_worker, 2, case):
+        assert error(answer[0], sum(losses)) < 1e-12

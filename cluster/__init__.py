@@ -1,0 +1,1 @@
+"""Where Ray runs: the session every command starts or attaches to, and the doctor that looks at machines."""

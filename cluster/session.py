@@ -106,7 +106,8 @@ def ray_session(
                 except (ConnectionError, ray.exceptions.RaySystemError, ray.exceptions.AuthenticationError) as error:
                     first_line = str(error).strip().splitlines()[0]
                     raise ConfigError(f"No Ray cluster answers at {address} (RAY_ADDRESS): {first_line}") from error
-            yield _describe(started=address is None)
+            with _terminable():  # again: ray.init has put its own handler in place
+                yield _describe(started=address is None)
         finally:
             with _undisturbed():
                 processes = _local_processes() if address is None else []

@@ -1,0 +1,95 @@
+"""The model: named towers, and for each view of a sample the tower that reads it.
+
+    model = build_model(cfg, seed=0)
+    model({"image": uint8 [B, 3, H, W], "text": int64 [B, L]})  ->  {"image": [B, D], "text": [B, D]}
+
+The embeddings are L2-normalised in float32 (float64 stays float64) whatever the precision of the towers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cl.encoders.config import ModelConfig
+from cl.encoders.inputs import Inputs
+from cl.encoders.registry import TOWERS
+from cl.errors import ConfigError
+
+ViewTensor = Tensor | dict[str, Tensor]
+
+
+def normalise(features: Tensor) -> Tensor:
+    """Rows of `features` [B, D] with length 1, in float32 or float64; a zero row stays zero and passes no gradient."""
+    if features.dtype != torch.float64:
+        features = features.float()
+    square = (features * features).sum(-1, keepdim=True)
+    alive = square > torch.finfo(features.dtype).tiny
+    return features * torch.where(alive, torch.where(alive, square, 1.0).rsqrt(), 0.0)
+
+
+class EncoderModel(nn.Module):
+    """Towers by name and the views they read.
+
+    Attributes:
+        views: view name -> tower name.
+        embed_dim: dimensions of the shared space.
+    """
+
+    def __init__(self, towers: Mapping[str, nn.Module], views: Mapping[str, str], embed_dim: int) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(towers)
+        self.views = dict(views)
+        self.embed_dim = embed_dim
+
+    def encode(self, view: str, inputs: ViewTensor) -> Tensor:
+        """Normalised embeddings [B, embed_dim] of one view."""
+        if view not in self.views:
+            raise ConfigError(f"The model has no view {view!r}; it has {', '.join(self.views)}.")
+        return normalise(self.towers[self.views[view]](inputs))
+
+    def forward(self, inputs: Mapping[str, ViewTensor]) -> dict[str, Tensor]:
+        """Normalised embeddings [B, embed_dim] of each view given."""
+        return {view: self.encode(view, each) for view, each in inputs.items()}
+
+
+def build_model(cfg: ModelConfig, seed: int = 0) -> EncoderModel:
+    """A model on the CPU in float32; the same seed gives the same weights on every rank and machine.
+
+    Each tower draws from its own stream, so adding one does not change the others.
+
+    Raises:
+        ConfigError: a tower that cannot be built, or weights that do not fit.
+    """
+    model = _fresh_model(cfg, seed)
+    if cfg.weights is not None:
+        from cl.encoders.weights import load_weights
+
+        load_weights(model, cfg.weights)
+    return model
+
+
+def _fresh_model(cfg: ModelConfig, seed: int) -> EncoderModel:
+    towers = {}
+    for name, tower in cfg.towers.items():
+        digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest) >> 1)
+            towers[name] = TOWERS[tower.family].build(tower, cfg.embed_dim)
+    return EncoderModel(towers, cfg.views, cfg.embed_dim)
+
+
+def check_model(cfg: ModelConfig) -> None:
+    """Build the model without memory for its weights: finds every error of its config before a run starts."""
+    with torch.device("meta"):
+        _fresh_model(cfg.model_copy(update={"weights": None}), 0)
+    build_inputs(cfg, train=True)
+
+
+def build_inputs(cfg: ModelConfig, train: bool) -> Inputs:
+    """What turns raw samples into the model's input; augmented if `train`."""
+    made = {name: TOWERS[tower.family].inputs(tower, train) for name, tower in cfg.towers.items()}
+    return Inputs({view: made[tower] for view, tower in cfg.views.items()})

@@ -1,0 +1,32 @@
+"""The registry of tower families: what `family:` in a model config may say."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from cl.encoders.config import TowerConfig
+from cl.encoders.inputs import ViewInput
+from cl.registry import Registry
+
+
+class TowerFamily(Protocol):
+    """How one family of towers is configured, built and fed."""
+
+    config: type[TowerConfig]
+
+    @staticmethod
+    def build(cfg: TowerConfig, embed_dim: int) -> nn.Module:
+        """A tower with fresh (or its own pretrained) weights: input of a view -> [B, embed_dim], not normalised.
+
+        The module has `load_external(tensors, where)` if it can read weights of other projects, and
+        `save_files(folder)` if it needs files beside its weights to be rebuilt.
+        """
+
+    @staticmethod
+    def inputs(cfg: TowerConfig, train: bool) -> ViewInput:
+        """What turns a view's raw samples (bytes, strings) into the tower's input; picklable."""
+
+
+TOWERS: Registry[TowerFamily] = Registry("tower", "cl.encoders.towers", "clew.towers")

@@ -1,0 +1,1 @@
+"""Families of towers; every module here registers one."""

@@ -1,0 +1,147 @@
+"""Text towers of Hugging Face transformers: from a folder (or hub name), or from scratch by a config.
+
+Pooling is the mean over tokens, the first token or the last; a linear head maps to the shared space. Weights are
+read from safetensors only and no code of a model's repository is run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from cl.encoders.attention import register_with_transformers
+from cl.encoders.config import TowerConfig
+from cl.encoders.inputs import TextInput, ViewInput
+from cl.encoders.registry import TOWERS
+from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
+from cl.errors import ConfigError
+
+
+class HuggingFaceConfig(TowerConfig):
+    """A transformers encoder, its pooling and its head."""
+
+    family: Literal["huggingface"] = "huggingface"
+    name: str | None = Field(None, description="folder or hub name of a model; null: from scratch by `config`")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="fields of the transformers config (model_type, hidden_size, ...)"
+    )
+    pretrained: bool = Field(True, description="load the weights of `name`; false: its architecture from scratch")
+    pooling: Literal["mean", "cls", "last"] = Field("mean", description="how token states become one vector")
+    head: Literal["linear", "mlp", "none"] = Field("linear", description="map from the hidden size to embed_dim")
+    max_tokens: int = Field(64, gt=1, description="longer texts are cut, tokens")
+    tokenizer: str | None = Field(
+        None, description="folder of a tokenizer; null: that of `name`, else CLIP's BPE cut to vocab_size"
+    )
+
+    @model_validator(mode="after")
+    def _has_architecture(self) -> HuggingFaceConfig:
+        if self.name is None and "model_type" not in self.config:
+            raise ValueError("give `name` (a folder or hub name) or `config` with a model_type such as bert")
+        return self
+
+
+class HuggingFaceTower(nn.Module):
+    """{"input_ids": [B, L], "attention_mask": [B, L]} -> [B, embed_dim]."""
+
+    def __init__(self, net: nn.Module, pooling: str, head: str, embed_dim: int) -> None:
+        super().__init__()
+        self.net, self.pooling = net, pooling
+        hidden = int(net.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.head: nn.Module
+        if head == "linear":
+            self.head = nn.Linear(hidden, embed_dim, bias=False)
+        elif head == "mlp":
+            middle = (hidden + embed_dim) // 2
+            self.head = nn.Sequential(nn.Linear(hidden, middle), nn.GELU(), nn.Linear(middle, embed_dim, bias=False))
+        else:
+            if hidden != embed_dim:
+                raise ConfigError(f"head is none, but the tower's hidden size {hidden} is not embed_dim {embed_dim}.")
+            self.head = nn.Identity()
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        mask = tokens["attention_mask"]
+        states = self.net(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        return self.head(pool(states, mask, self.pooling))
+
+    def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Hugging Face weights come with `name`, not through `weights`."""
+        raise ConfigError(f"{where} cannot be loaded into a huggingface tower: set its `name` to the model's folder.")
+
+    def save_files(self, folder: Path) -> None:
+        """Keep the architecture beside the weights."""
+        self.net.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+
+
+def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Token states [B, L, C] and mask [B, L] -> [B, C]; an empty text gives zeros under `mean`."""
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+    if pooling == "cls":
+        return states[:, 0]
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def _net_config(cfg: HuggingFaceConfig) -> Any:
+    from transformers import AutoConfig
+
+    fields = dict(cfg.config)
+    try:
+        if cfg.name is not None:
+            return AutoConfig.from_pretrained(cfg.name, trust_remote_code=False, **fields)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except Exception as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
+        what = f"{cfg.name} is not a model that transformers can read" if cfg.name else "config is not understood"
+        raise ConfigError(f"{what}: {reason}.") from error
+
+
+@TOWERS.register(
+    "huggingface",
+    "Text towers of Hugging Face transformers, from a folder or from scratch.",
+    paper="Transformers: State-of-the-Art Natural Language Processing",
+)
+class HuggingFaceFamily:
+    """How Hugging Face towers are configured, built and fed."""
+
+    config = HuggingFaceConfig
+
+    @staticmethod
+    def build(cfg: HuggingFaceConfig, embed_dim: int) -> nn.Module:
+        """A tower with the weights of `name`, or fresh ones."""
+        from transformers import AutoModel
+
+        net_config = _net_config(cfg)
+        kernel = register_with_transformers()
+        try:
+            if cfg.name is not None and cfg.pretrained:
+                net = AutoModel.from_pretrained(
+                    cfg.name,
+                    config=net_config,
+                    attn_implementation=kernel,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                )
+            else:
+                net = AutoModel.from_config(net_config, attn_implementation=kernel)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{cfg.name or cfg.config} cannot be built: {' '.join(str(error).split())[:300]}"
+            ) from error
+        if getattr(net, "pooler", None) is not None:
+            net.pooler = None  # not used: its parameters would never get a gradient
+        return HuggingFaceTower(net, cfg.pooling, cfg.head, embed_dim)
+
+    @staticmethod
+    def inputs(cfg: HuggingFaceConfig, train: bool) -> ViewInput:
+        """Token ids and mask, padded to the longest text of the batch."""
+        folder = cfg.tokenizer or cfg.name
+        if folder is not None:
+            return TextInput(folder_tokenizer(folder, cfg.max_tokens), masked=True)
+        return TextInput(clip_bpe(int(_net_config(cfg).vocab_size), cfg.max_tokens), masked=True)

@@ -1,0 +1,200 @@
+"""Vision and text towers of open_clip: by the name of one of its models, or by a vision_cfg / text_cfg in line.
+
+Cherti et al. 2023, "Reproducible scaling laws for contrastive language-image learning". The modules are
+open_clip's own; only the attention kernel is chosen by device and precision (cl/encoders/attention.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cl.config import Config
+from cl.encoders.attention import replace_attention
+from cl.encoders.config import TowerConfig
+from cl.encoders.inputs import ImageInput, TextInput, ViewInput
+from cl.encoders.registry import TOWERS
+from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
+from cl.errors import ConfigError
+from cl.views.images import Augmentation
+
+
+class AugmentConfig(Config):
+    """Random resized crop and mirror of training images."""
+
+    scale: tuple[float, float] = Field((0.9, 1.0), description="share of the area the crop covers, from and to")
+    ratio: tuple[float, float] = Field((0.75, 4 / 3), description="width / height of the crop, from and to")
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirror image")
+
+
+class OpenClipConfig(TowerConfig):
+    """One tower of an open_clip model."""
+
+    family: Literal["open_clip"] = "open_clip"
+    part: Literal["vision", "text"] = Field(description="which tower of the pair")
+    name: str | None = Field(
+        None, description="an open_clip model such as ViT-B-32; `config` then overrides its fields"
+    )
+    config: dict[str, Any] = Field(default_factory=dict, description="open_clip's vision_cfg or text_cfg")
+    quick_gelu: bool | None = Field(None, description="OpenAI's activation; null takes it from the named model")
+    augment: AugmentConfig | None = Field(AugmentConfig(), description="of training images; null: none")
+    mean: tuple[float, float, float] = Field(
+        (0.48145466, 0.4578275, 0.40821073), description="subtracted from pixels in [0, 1]"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="pixels are divided by it"
+    )
+    tokenizer: str | None = Field(
+        None, description="Hugging Face folder; null: CLIP's BPE cut to vocab_size (it ships with open_clip)"
+    )
+
+
+class VisionTower(nn.Module):
+    """uint8 images [B, 3, H, W] -> [B, embed_dim]; normalises the pixels on its own device."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        # In units of a byte; not in the state dict, for they are config.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images.to(self.mean.dtype) - self.mean) / self.std)
+
+    def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Load the `visual.` part of an open_clip checkpoint; position embeddings are resized to the grid."""
+        from open_clip.model import resize_pos_embed
+
+        state = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+        resize_pos_embed(state, SimpleNamespace(visual=self.net))
+        _load(self.net, {name.removeprefix("visual."): tensor for name, tensor in state.items()}, where, "vision")
+
+
+class TextTower(nn.Module):
+    """Token ids [B, L] -> [B, embed_dim], L up to the context length."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.net(ids)
+
+    def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Load the text part of an open_clip checkpoint; position embeddings are resized to the context."""
+        from open_clip.model import convert_to_custom_text_state_dict, resize_text_pos_embed
+
+        state = {
+            name: tensor
+            for name, tensor in convert_to_custom_text_state_dict(dict(tensors)).items()
+            if name.startswith("text.") and name != "text.attn_mask"
+        }
+        resize_text_pos_embed(state, SimpleNamespace(text=self.net))
+        _load(self.net, {name.removeprefix("text."): tensor for name, tensor in state.items()}, where, "text")
+
+
+def _load(net: nn.Module, state: dict[str, Tensor], where: str, part: str) -> None:
+    if not state:
+        raise ConfigError(f"{where} holds no weights of an open_clip {part} tower.")
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{where} does not fit the {part} tower of this model: {reason}") from error
+
+
+def _tower_cfg(cfg: OpenClipConfig) -> tuple[Any, bool]:
+    """open_clip's own config object of the tower, and whether it takes the quick GELU."""
+    import open_clip
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    merged: dict[str, Any] = {}
+    quick = cfg.quick_gelu
+    if cfg.name is not None:
+        named = open_clip.get_model_config(cfg.name)
+        if named is None:
+            import difflib
+
+            near = difflib.get_close_matches(cfg.name, open_clip.list_models(), n=1)
+            raise ConfigError(f"open_clip has no model {cfg.name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        merged = dict(named[f"{cfg.part}_cfg"])
+        quick = bool(named.get("quick_gelu")) if quick is None else quick
+    merged |= cfg.config
+    kind: type[Any] = CLIPVisionCfg if cfg.part == "vision" else CLIPTextCfg
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(merged) - known)
+    if unknown:
+        raise ConfigError(f"open_clip's {cfg.part}_cfg has no field {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    if merged.get("hf_model_name"):
+        raise ConfigError(
+            f"The text tower of {cfg.name or 'this config'} is the Hugging Face model {merged['hf_model_name']!r}: "
+            "use the family huggingface for it."
+        )
+    return kind(**merged), bool(quick)
+
+
+@TOWERS.register(
+    "open_clip",
+    "Vision and text towers of open_clip, by model name or config.",
+    paper="Reproducible scaling laws for contrastive language-image learning",
+)
+class OpenClipFamily:
+    """How open_clip towers are configured, built and fed."""
+
+    config = OpenClipConfig
+
+    @staticmethod
+    def build(cfg: OpenClipConfig, embed_dim: int) -> nn.Module:
+        """A tower with fresh weights."""
+        from open_clip import model as open_clip_model
+
+        tower, quick = _tower_cfg(cfg)
+        build = open_clip_model._build_vision_tower if cfg.part == "vision" else open_clip_model._build_text_tower
+        try:
+            net = build(embed_dim, tower, quick)
+        except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConfigError(f"open_clip cannot build the {cfg.part} tower {cfg.config}: {error}.") from error
+        replace_attention(net)
+        if cfg.part == "vision":
+            return VisionTower(net, cfg.mean, cfg.std)
+        return TextTower(net)
+
+    @staticmethod
+    def inputs(cfg: OpenClipConfig, train: bool) -> ViewInput:
+        """Images cropped to the tower's size, or token ids padded to the context or less."""
+        tower, _ = _tower_cfg(cfg)
+        if cfg.part == "vision":
+            size = tower.image_size
+            if isinstance(size, (tuple, list)):
+                if size[0] != size[1]:
+                    raise ConfigError(f"image_size is {list(size)}, but only square images are supported.")
+                size = size[0]
+            augment = Augmentation(**cfg.augment.model_dump()) if train and cfg.augment is not None else None
+            return ImageInput(int(size), augment)
+        context = tower.context_length
+        if cfg.tokenizer is not None:
+            return TextInput(folder_tokenizer(cfg.tokenizer, context), masked=False, length=context)
+        if tower.hf_tokenizer_name is not None:
+            raise ConfigError(
+                f"The text tower of {cfg.name} reads the tokenizer {tower.hf_tokenizer_name!r}: give the field "
+                "`tokenizer` a folder that holds it."
+            )
+        # Padding behind the text changes nothing if the tower is causal and pools where the text ends.
+        ends = not tower.no_causal_mask and not tower.embed_cls and tower.pool_type in ("argmax", "eos")
+        length = None if ends and not _custom_blocks(tower) else context
+        return TextInput(clip_bpe(tower.vocab_size, context), masked=False, length=length)
+
+
+def _custom_blocks(tower: Any) -> bool:
+    """Whether open_clip builds its own attention blocks, which want masks of the full context."""
+    special = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    return tower.block_type == "custom" or any(getattr(tower, name) for name in special)

@@ -1,0 +1,1 @@
+"""Views: how a raw sample becomes what a tower sees, with the randomness that training wants."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+STATUS_STYLES = {"ok": "green", "finished": "green", "warn": "yellow", "fail": "bold red", "failed": "bold red"}
 MAX_ROWS = 40  # of a table on a terminal; --json prints all
 
 
@@ -104,10 +105,14 @@ def _print_rows(
         numbers = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
         table.add_column(column.replace("_", " "), justify="right" if numbers and header else "left", overflow="fold")
     for row in rows[:limit]:
-        table.add_row(*(Text(_cell(row.get(column))) for column in columns))
+        table.add_row(*(Text(_cell(row.get(c)), _style(c, row.get(c))) for c in columns))
     console.print(table)
     if limit is not None and len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more rows (--json prints all)", style="dim")
+
+
+def _style(column: str, value: Any) -> str:
+    return STATUS_STYLES.get(str(value), "") if column == "status" else ""
 
 
 def _cell(value: Any) -> str:

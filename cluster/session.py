@@ -15,6 +15,7 @@ checkout the driver runs from.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -84,7 +85,7 @@ def ray_session(
     if ray.is_initialized():
         yield _describe(started=False)
         return
-    common: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": "ERROR", "configure_logging": True}
+    common: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.ERROR, "configure_logging": True}
     with _terminable():
         try:
             if address is None:
@@ -141,7 +142,7 @@ def _await_end(processes: list[psutil.Process], seconds: float = 5.0) -> None:
 def _protect_local() -> None:
     """Token authentication with a token of this process alone, and workers that import what the driver imports."""
     if "RAY_AUTH_MODE" not in os.environ:
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         os.environ["RAY_AUTH_MODE"] = "token"
         # Left to itself, Ray would write a lasting token under the home directory.

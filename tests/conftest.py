@@ -16,11 +16,10 @@ os.environ.setdefault("CLEW_QUIET", "1")
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray with two CPUs that all tests of the session share."""
-    import ray
+    from cluster.session import ray_session as start
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with start(num_cpus=2):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

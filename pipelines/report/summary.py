@@ -1,0 +1,148 @@
+"""The numbers at the head of the page, which `clew demo` prints as a table at its end: computed here and only here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from cl import storage
+from pipelines.report.corpora import quarantine
+from pipelines.report.runs import Run, find_runs
+from pipelines.report.sweeps import best_trial
+from pipelines.report.wording import count, number, percent, words
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Metrics that belong at the head: retrieval at 1 and 5, zero-shot accuracy, and for text pairs MRR and nDCG.
+HEADLINE = re.compile(r"R@[15]$|recall@[15]$|zero.?shot.*(accuracy|top.?1)|MRR|nDCG@10", re.IGNORECASE)
+TITLES = {"ingest": "Ingest", "curate": "Curation", "train": "Training", "eval": "Evaluation", "sweep": "Sweep",
+          "embed": "Embedding"}  # fmt: skip
+
+
+class SummaryRow(BaseModel):
+    """One line: what it belongs to, what it is, its value as text and as a number, and the level of chance."""
+
+    group: str
+    name: str
+    value: str
+    number: float | None = None
+    chance: str = ""
+
+
+class Summary(BaseModel):
+    """What a set of runs came to."""
+
+    rows: list[SummaryRow] = []
+    problems: list[str] = []  # sentences: what is missing or unfinished, with the run's name
+
+    def groups(self) -> list[tuple[str, list[SummaryRow]]]:
+        """The rows by group, in order."""
+        grouped: dict[str, list[SummaryRow]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.group, []).append(row)
+        return list(grouped.items())
+
+    def table(self, title: str = "Clew") -> Table:
+        """As a rich table for a terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left")
+        for name, side in (("", "left"), ("", "left"), ("value", "right"), ("chance", "right")):
+            table.add_column(name, justify=side)  # type: ignore[arg-type]
+        for group, rows in self.groups():
+            for k, row in enumerate(rows):
+                cells = (group if k == 0 else "", row.name, row.value, row.chance)
+                table.add_row(*(Text(cell) for cell in cells), end_section=k == len(rows) - 1)
+        return table
+
+
+def summarise(dirs: Iterable[str]) -> Summary:
+    """The summary of the runs in some folders.
+
+    Raises:
+        DataError: a folder does not exist or holds no run.
+    """
+    return summarise_runs(find_runs(dirs))
+
+
+def summarise_runs(runs: list[Run]) -> Summary:
+    """The summary of runs that are already opened."""
+    readers = {"ingest": _ingest, "curate": _curate, "train": _train, "eval": _eval, "sweep": _sweep}
+    rows: list[SummaryRow] = []
+    for run in runs:
+        reader = readers.get(run.kind)
+        group = f"{TITLES[run.kind]} · {run.name}"
+        for name, value, figure, chance in reader(run) if reader else ():
+            rows.append(SummaryRow(group=group, name=name, value=value, number=figure, chance=chance))
+    return Summary(rows=rows, problems=[f"{run.name}: {problem}" for run in runs for problem in run.problems])
+
+
+Line = tuple[str, str, float | None, str]
+
+
+def _count(name: str, value: Any) -> list[Line]:
+    return [(name, count(value), float(value), "")] if isinstance(value, (int, float)) else []
+
+
+def _ingest(run: Run) -> list[Line]:
+    manifest = run.json("corpus.json")
+    lines = _count("samples", manifest.get("samples")) + _count("quarantined", manifest.get("quarantined"))
+    for (_, reason), n in quarantine(run)["reasons"]:
+        lines += _count(f"quarantined: {words(reason)}", n)
+    return lines
+
+
+def _curate(run: Run) -> list[Line]:
+    funnel = run.json("funnel.json")
+    lines = _count("samples in", funnel.get("in"))
+    reasons: dict[str, int] = {}
+    for stage in funnel.get("stages") or []:
+        for reason, n in (stage.get("dropped") or {}).items():
+            reasons[reason] = reasons.get(reason, 0) + int(n)
+    for reason, n in sorted(reasons.items(), key=lambda item: -item[1]):
+        if n:
+            lines += _count(f"dropped: {words(reason)}", n)
+    return lines + _count("quarantined", funnel.get("quarantined")) + _count("kept", funnel.get("kept"))
+
+
+def _train(run: Run) -> list[Line]:
+    summary = run.json("summary.json") if storage.exists(run.url("summary.json")) else {}
+    if not summary:
+        run.note("Training has not ended: it has no summary.json yet.")
+        metrics = run.json_lines("metrics.jsonl")
+        return _count("steps so far", metrics[-1].get("step")) if metrics else []
+    lines = _count("steps", summary.get("steps")) + _count("samples seen", summary.get("samples"))
+    for name, field in (("samples/s", "samples_per_second"), ("loss at first", "loss_first"), ("loss at last", "loss_last")):
+        if isinstance(summary.get(field), (int, float)):
+            lines.append((name, number(summary[field]), float(summary[field]), ""))
+    return lines
+
+
+def _eval(run: Run) -> list[Line]:
+    corpora = run.json("eval.json").get("corpora") or {}
+    lines: list[Line] = []
+    for corpus, found in corpora.items():
+        for metric in found.get("metrics") or []:
+            name, value, chance = str(metric.get("metric")), metric.get("value"), metric.get("chance")
+            if HEADLINE.search(name) and isinstance(value, (int, float)):
+                label = words(name.removeprefix("retrieval/")).replace("/", " ")
+                prefix = f"{corpus}: " if len(corpora) > 1 else ""
+                lines.append((prefix + label, percent(value), float(value), percent(chance, 2)))
+    return lines
+
+
+def _sweep(run: Run) -> list[Line]:
+    result = run.json("sweep.json")
+    lines = _count("trials", len(result.get("trials") or [])) if result else []
+    best = best_trial(result)
+    if best is not None:
+        settings, value = best
+        chance = percent(result["chance"], 2) if isinstance(result.get("chance"), (int, float)) else ""
+        lines.append((f"best {result.get('metric')}", value, float(result["best"]["value"]), chance))
+        lines.append(("best trial", settings, None, ""))
+    return lines

@@ -1,0 +1,1 @@
+"""The metric families; each module registers its own in `cl.evaluation.registry.METRICS`."""

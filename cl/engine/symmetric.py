@@ -15,25 +15,22 @@ travel with their block).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cl.engine.collectives import Layout, Workers
-
-Exchange = Literal["gather", "ring", "local"]
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a sweep is cut: at most `rows` anchors by `columns` candidates at a time."""
-
-    rows: int = 256
-    columns: int = 8192
+from cl.engine.sweep import (
+    ColumnExchange,
+    Exchange,
+    Tiling,
+    accumulation_type,
+    add_product_,
+    product,
+)
 
 
 @dataclass(frozen=True)
@@ -85,49 +82,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One evaluation over tiles: where the columns come from, how the work is cut, over whom the loss is a mean."""
+    """One evaluation: whose columns, how they come, how the work is cut, and over whom the loss is a mean."""
 
     layout: Layout
     exchange: Exchange
     tiling: Tiling
     workers: Workers
-
-    def blocks(self, candidates: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first column, candidates [n, D]) blocks that together are all columns: one gathered, or one a worker."""
-        if self.exchange == "ring" and self.layout.workers.size > 1:
-            starts = [sum(self.layout.rows[:r]) for r in range(self.layout.workers.size)]
-            for owner, (block,) in self.layout.ring(candidates):
-                yield starts[owner], block
-        else:
-            yield 0, self.layout.gather(candidates)
-
-    def tiles(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-        for j in range(0, columns, self.tiling.columns):
-            for i in range(0, rows, self.tiling.rows):
-                yield slice(i, min(i + self.tiling.rows, rows)), slice(j, min(j + self.tiling.columns, columns))
-
-
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half types, the type itself otherwise."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] times right [k, n], accumulated and returned in float32 where the inputs are of a half type."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    # The CPU has no half product with a float32 result; half values are exact in float32.
-    return left.float() @ right.float()
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left times right, in place, in the type of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += product(left, right)
 
 
 class SymmetricInfoNCE(torch.autograd.Function):
@@ -154,10 +114,10 @@ class SymmetricInfoNCE(torch.autograd.Function):
         column_lse = torch.full((layout.total,), -torch.inf, dtype=kind, device=anchors.device)
         with torch.autocast(anchors.device.type, enabled=False):
             positive = factor * (anchors.to(kind) * candidates.to(kind)).sum(1)
-            for start, block in sweep.blocks(candidates):
-                for i, j in sweep.tiles(len(anchors), len(block)):
-                    at = slice(start + j.start, start + j.stop)
-                    scores = columns.mask_(product(anchors[i], block[j].T).mul_(factor), i, at)
+            for block in ColumnExchange(candidates, layout, sweep.exchange):
+                for i, j in sweep.tiling.cut(len(anchors), len(block.values)):
+                    at = slice(block.start + j.start, block.start + j.stop)
+                    scores = columns.mask_(product(anchors[i], block.values[j].T).mul_(factor), i, at)
                     row_lse[i] = torch.logaddexp(row_lse[i], scores.logsumexp(1))
                     if forward_share < 1:
                         column_lse[at] = torch.logaddexp(column_lse[at], scores.logsumexp(0))
@@ -183,7 +143,6 @@ class SymmetricInfoNCE(torch.autograd.Function):
         anchors, candidates, factor, row_lse, column_lse, share, total = ctx.saved_tensors
         columns, sweep, forward_share = ctx.columns, ctx.sweep, ctx.forward_share
         layout: Layout = sweep.layout
-        workers = layout.workers
         kind = factor.dtype
         # A sample with no valid column has -inf here; its probabilities are 0, not NaN.
         row_lse = row_lse.where(row_lse.isfinite(), torch.inf)
@@ -192,18 +151,12 @@ class SymmetricInfoNCE(torch.autograd.Function):
         column_weight = (1 - forward_share) * torch.where(total > 0, columns.weight / total, 0)
 
         d_anchors = torch.zeros(anchors.shape, dtype=kind, device=anchors.device)
-        ring = sweep.exchange == "ring" and workers.size > 1
-        # In the ring the candidates' gradient travels with its block and is home again after the last hop.
-        d_block = torch.zeros(max(layout.rows), anchors.shape[1], dtype=kind, device=anchors.device)
+        exchange = ColumnExchange(candidates, layout, sweep.exchange, accumulate=kind)
         with torch.autocast(anchors.device.type, enabled=False):
-            for hop, (start, block) in enumerate(sweep.blocks(candidates)):
-                if ring:
-                    d_block = layout.pass_on(d_block) if hop else d_block
-                else:
-                    d_block = torch.zeros(block.shape, dtype=kind, device=block.device)
-                for i, j in sweep.tiles(len(anchors), len(block)):
-                    at = slice(start + j.start, start + j.stop)
-                    scores = columns.mask_(product(anchors[i], block[j].T).mul_(factor), i, at)
+            for block in exchange:
+                for i, j in sweep.tiling.cut(len(anchors), len(block.values)):
+                    at = slice(block.start + j.start, block.start + j.stop)
+                    scores = columns.mask_(product(anchors[i], block.values[j].T).mul_(factor), i, at)
                     slope = (scores - row_lse[i, None]).exp_().mul_(row_weight[i, None])
                     if forward_share < 1:
                         slope += scores.sub_(column_lse[at]).exp_().mul_(column_weight[at])
@@ -212,9 +165,9 @@ class SymmetricInfoNCE(torch.autograd.Function):
                     own = slope.diagonal(offset)
                     own -= share[i][max(0, -offset) :][: len(own)]
                     slope = slope.to(anchors.dtype)
-                    add_product_(d_anchors[i], slope, block[j])
-                    add_product_(d_block[j], slope.T, anchors[i])
-            d_candidates = layout.pass_on(d_block)[: len(anchors)] if ring else layout.reduce_scatter(d_block)
+                    add_product_(d_anchors[i], slope, block.values[j])
+                    add_product_(block.gradient[j], slope.T, anchors[i])
+            d_candidates = exchange.gradient()
             # sum_ij slope_ij <a_i, c_j> is <a_i, its gradient>: the temperature costs no product of its own.
             d_scale = (anchors.to(kind) * d_anchors).sum()
             factor = factor * grad * sweep.workers.averaged_by
@@ -238,7 +191,7 @@ def symmetric_infonce(
     content: Tensor | None = None,
     forward_share: float = 0.5,
     exchange: Exchange = "gather",
-    tiling: Tiling = Tiling(),
+    tiling: Tiling,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of the global batch, with gradients by the convention of `cl.engine.collectives`.
 

@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 
 from cl.engine.collectives import Workers
-from cl.engine.symmetric import Exchange, Tiling, symmetric_infonce
+from cl.engine.sweep import Exchange, Tiling
+from cl.engine.symmetric import symmetric_infonce
 from cl.objectives.base import OBJECTIVES, Objective, Outcome
 from cl.objectives.temperature import Temperature, TemperatureConfig
 from cl.pairs import Pairs
@@ -28,7 +29,7 @@ class InfoNCEConfig(TemperatureConfig):
     direction: Literal["both", "forward", "backward"] = Field("both", description="forward: first view against second")
     exchange: Exchange = Field("gather", description="how candidates of other workers are seen; local: not at all")
     tile_rows: int = Field(256, ge=1, description="anchors a tile")
-    tile_columns: int = Field(8192, ge=1, description="candidates a tile")
+    tile_columns: int = Field(2048, ge=1, description="candidates a tile")
 
 
 @OBJECTIVES.register(

@@ -7,6 +7,7 @@ their results in order of rank. Smaller sizes are sub-groups of the same world.
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
 class Pool:
     def __init__(self) -> None:
         context = mp.get_context("spawn")
-        store = tempfile.NamedTemporaryFile(delete=False).name
+        store = os.path.join(tempfile.mkdtemp(), "store")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(LARGEST):

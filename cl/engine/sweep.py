@@ -1,0 +1,106 @@
+"""How a sweep over all rows x all columns is cut and how columns come from other workers.
+
+`gather`: all workers' columns are collected once and their gradients reduce-scattered at the end. `ring`: one worker's
+columns at a time visit every worker, and their gradient travels with them. `local`: own columns only. All give the
+same result; they differ in memory (all columns, two blocks, one block) and in traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl.engine.collectives import Layout
+
+Exchange = Literal["gather", "ring", "local"]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a block is cut: at most `rows` anchors by `columns` candidates at a time."""
+
+    rows: int = 256
+    columns: int = 2048
+
+    def cut(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+        """Row and column slices that cover rows x columns once, a band of columns at a time."""
+        for j in range(0, columns, self.columns):
+            for i in range(0, rows, self.rows):
+                yield slice(i, min(i + self.rows, rows)), slice(j, min(j + self.columns, columns))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns that are on this worker now: `values` [n, D] are columns `start` to `start + n` of all."""
+
+    start: int
+    values: Tensor
+    gradient: Tensor  # [n, D] in the accumulation type, to be added to in place; empty in a forward sweep
+
+
+class ColumnExchange:
+    """Brings all columns of a layout past this worker, block by block, and their gradients home.
+
+    Args:
+        values: this worker's columns [B, D].
+        layout: how many columns each worker holds.
+        exchange: `ring` circulates blocks; otherwise the layout's columns are gathered.
+        accumulate: type of the gradients, or None for a sweep without gradients.
+    """
+
+    def __init__(
+        self, values: Tensor, layout: Layout, exchange: Exchange, accumulate: torch.dtype | None = None
+    ) -> None:
+        self.values, self.layout, self.accumulate = values.detach(), layout, accumulate
+        self.ring = exchange == "ring" and layout.workers.size > 1
+        self._gradient = values.new_empty(0)
+
+    def __iter__(self) -> Iterator[Block]:
+        if not self.ring:
+            gathered = self.layout.gather(self.values)
+            self._gradient = self._zeros(len(gathered))
+            yield Block(0, gathered, self._gradient)
+            return
+        self._gradient = self._zeros(max(self.layout.rows))
+        for hop, (owner, (block,)) in enumerate(self.layout.ring(self.values)):
+            if hop and self.accumulate is not None:
+                self._gradient = self.layout.pass_on(self._gradient)
+            yield Block(sum(self.layout.rows[:owner]), block, self._gradient[: len(block)])
+
+    def _zeros(self, rows: int) -> Tensor:
+        if self.accumulate is None:
+            return self.values.new_empty(0)
+        return torch.zeros(rows, self.values.shape[1], dtype=self.accumulate, device=self.values.device)
+
+    def gradient(self) -> Tensor:
+        """After the sweep: the gradient [B, D] of this worker's columns, summed over all workers."""
+        if not self.ring:
+            return self.layout.reduce_scatter(self._gradient)
+        return self.layout.pass_on(self._gradient)[: len(self.values)]
+
+
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half types, the type itself otherwise."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] times right [k, n], accumulated and returned in float32 where the inputs are of a half type."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    # The CPU has no half product with a float32 result; half values are exact in float32.
+    return left.float() @ right.float()
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left times right, in place, in the type of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += product(left, right)

@@ -39,7 +39,7 @@ demo: $(READY) ## the whole job on the shipped corpus, in minutes: curate, train
 	@$(BIN)/clew demo
 
 test: lint ## lint, format, types, and all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 --durations-min=10
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -248,7 +248,8 @@ def _cluster(storage_url: str) -> list[Check]:
     """One row on the cluster and one a node."""
     try:
         with ray_session() as session:
-            found = f"{session.nodes} node{'s' if session.nodes > 1 else ''}, {session.cpus:g} CPUs, {session.gpus:g} GPUs at {session.address}"
+            nodes = "1 node" if session.nodes == 1 else f"{session.nodes} nodes"
+            found = f"{nodes}, {session.cpus:g} CPUs, {session.gpus:g} GPUs at {session.address}"
             rows = [Check("ray", "ok", ("a local one, for this check: " if session.started else "") + found)]
             return rows + _nodes(storage_url, probe_storage=session.nodes > 1)
     except ClewError as error:

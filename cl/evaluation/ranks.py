@@ -103,7 +103,7 @@ def mean_reciprocal_rank(ranking: Ranking) -> float:
 
 
 def ndcg_at(ranking: Ranking, k: int) -> float:
-    """Mean nDCG@k, binary gains: the sum of 1/log2(1 + rank) over correct ranks up to k, over that of an ideal order."""
+    """Mean nDCG@k, binary gains: sum of 1/log2(1 + rank) over correct ranks up to k, over that of an ideal order."""
     gains = np.where(ranking.rank <= k, 1.0 / np.log2(1.0 + ranking.rank), 0.0)
     found = np.bincount(ranking.query, weights=gains, minlength=ranking.queries)
     ideal = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))

@@ -81,7 +81,7 @@ def find_checkpoint(folder: Path) -> Path:
         if (step / "manifest.json").is_file() and (step / WEIGHTS_FILE).is_file():
             return step
     raise DataError(
-        f"{folder} holds no finished checkpoint: expected {WEIGHTS_FILE} and {CONFIG_FILE}, or checkpoints/step-*/ of a run."
+        f"{folder} holds no finished checkpoint: expected {WEIGHTS_FILE}, or a run with checkpoints/step-*/."
     )
 
 

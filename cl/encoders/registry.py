@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -14,10 +14,10 @@ from cl.registry import Registry
 class TowerFamily(Protocol):
     """How one family of towers is configured, built and fed."""
 
-    config: type[TowerConfig]
+    config: ClassVar[type[TowerConfig]]
 
     @staticmethod
-    def build(cfg: TowerConfig, embed_dim: int) -> nn.Module:
+    def build(cfg: Any, embed_dim: int) -> nn.Module:
         """A tower with fresh (or its own pretrained) weights: input of a view -> [B, embed_dim], not normalised.
 
         The module has `load_external(tensors, where)` if it can read weights of other projects, and
@@ -25,7 +25,7 @@ class TowerFamily(Protocol):
         """
 
     @staticmethod
-    def inputs(cfg: TowerConfig, train: bool) -> ViewInput:
+    def inputs(cfg: Any, train: bool) -> ViewInput:
         """What turns a view's raw samples (bytes, strings) into the tower's input; picklable."""
 
 

@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 89_478_485  # PIL's own bound on decompression bombs: 256 MiB of RGB
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 _MASK = (1 << 64) - 1
 
 
@@ -51,7 +52,7 @@ def uniforms(seed: int, count: int) -> list[float]:
     return out
 
 
-def crop_box(width: int, height: int, size: int, augmentation: Augmentation | None, seed: int) -> tuple[float, ...]:
+def crop_box(width: int, height: int, size: int, augmentation: Augmentation | None, seed: int) -> Box:
     """The part of a `width` x `height` picture to resize to the target: (left, top, right, bottom) in pixels.
 
     With an augmentation: up to ten draws of area and aspect, as torchvision does, else the centre crop.
@@ -70,8 +71,8 @@ def crop_box(width: int, height: int, size: int, augmentation: Augmentation | No
                 top = int(u_y * (height - crop_h + 1))
                 return left, top, left + crop_w, top + crop_h
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    x, y = (width - side) / 2, (height - side) / 2
+    return x, y, x + side, y + side
 
 
 def load_image(data: bytes, size: int, augmentation: Augmentation | None = None, seed: int = 0) -> np.ndarray:
@@ -86,9 +87,8 @@ def load_image(data: bytes, size: int, augmentation: Augmentation | None = None,
     Raises:
         UnreadableImageError: not an image, truncated, or more than MAX_PIXELS.
     """
-    picture, box = _decode_jpeg(data, size, augmentation, seed) if data[:2] == b"\xff\xd8" else (None, ())
-    if picture is None:
-        picture, box = _decode_any(data, size, augmentation, seed)
+    decoded = _decode_jpeg(data, size, augmentation, seed) if data[:2] == b"\xff\xd8" else None
+    picture, box = decoded or _decode_any(data, size, augmentation, seed)
     if picture.size != (size, size) or box != (0, 0, size, size):
         picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(picture)
@@ -99,7 +99,7 @@ def load_image(data: bytes, size: int, augmentation: Augmentation | None = None,
 
 def _decode_jpeg(
     data: bytes, size: int, augmentation: Augmentation | None, seed: int
-) -> tuple[Image.Image | None, tuple[float, ...]]:
+) -> tuple[Image.Image, Box] | None:
     """A JPEG at reduced scale and its crop box there, or None if libjpeg does not like it (PIL then decides)."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
@@ -113,7 +113,7 @@ def _decode_jpeg(
             min_height=min(height, math.ceil(height * size / (bottom - top))),
         )
     except ValueError:
-        return None, ()
+        return None
     x, y = pixels.shape[1] / width, pixels.shape[0] / height
     return Image.fromarray(pixels), (
         left * x,
@@ -123,9 +123,7 @@ def _decode_jpeg(
     )
 
 
-def _decode_any(
-    data: bytes, size: int, augmentation: Augmentation | None, seed: int
-) -> tuple[Image.Image, tuple[float, ...]]:
+def _decode_any(data: bytes, size: int, augmentation: Augmentation | None, seed: int) -> tuple[Image.Image, Box]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of bombs and odd metadata; the bound below decides

@@ -7,7 +7,7 @@ read from safetensors only and no code of a model's repository is run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -109,7 +109,7 @@ def _net_config(cfg: HuggingFaceConfig) -> Any:
 class HuggingFaceFamily:
     """How Hugging Face towers are configured, built and fed."""
 
-    config = HuggingFaceConfig
+    config: ClassVar[type[TowerConfig]] = HuggingFaceConfig
 
     @staticmethod
     def build(cfg: HuggingFaceConfig, embed_dim: int) -> nn.Module:

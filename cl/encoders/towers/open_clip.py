@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -150,7 +150,7 @@ def _tower_cfg(cfg: OpenClipConfig) -> tuple[Any, bool]:
 class OpenClipFamily:
     """How open_clip towers are configured, built and fed."""
 
-    config = OpenClipConfig
+    config: ClassVar[type[TowerConfig]] = OpenClipConfig
 
     @staticmethod
     def build(cfg: OpenClipConfig, embed_dim: int) -> nn.Module:

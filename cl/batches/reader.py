@@ -1,0 +1,182 @@
+"""Reading samples by chunk: the rows of a row group, and the encoded images they point to.
+
+Rows are read by row group and kept, as Arrow, in a cache with a bound. Images on a local disk are read one by one
+with pread (the operating system caches them); from anywhere else a chunk's images are fetched in one ranged read,
+for they lie together in their shard.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cl import storage
+from cl.batches.cache import BoundedCache
+from cl.batches.plan import BatchPlan
+from cl.corpus import VIEWS
+from cl.errors import DataError
+
+_OPEN_FILES = 64
+_SPARSE = 4  # a ranged read may fetch this many times the bytes it needs
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """The light plane of one chunk.
+
+    Attributes:
+        ids: 128-bit sample ids, int64 [n, 2].
+        content: the first 64 bits of the content hashes, int64 [n].
+        table: the columns that the views need.
+        shard: place of the chunk's shards, by the name in the column `shard`.
+    """
+
+    ids: np.ndarray
+    content: np.ndarray
+    table: pa.Table
+    shard: dict[str, str]
+
+    def text(self, column: str, row: int) -> str:
+        """One string."""
+        return self.table.column(column)[row].as_py()
+
+
+def hex_words(column: pa.ChunkedArray) -> np.ndarray:
+    """Hashes of 32 hex digits as int64 [n, 2], first half first."""
+    digits = "".join(column.to_pylist())
+    if len(digits) != 32 * len(column):
+        raise DataError("An id or content hash of the corpus does not have 32 hex digits.")
+    return np.frombuffer(bytes.fromhex(digits), dtype=">i8").astype(np.int64).reshape(-1, 2)
+
+
+class CorpusReader:
+    """Reads what a plan refers to; safe to share between threads.
+
+    Args:
+        plan: whose chunks are read.
+        views: the views wanted, a subset of the corpus kind's.
+        cache_mib: bound on rows and remote image bytes kept in memory, MiB.
+    """
+
+    def __init__(self, plan: BatchPlan, views: Sequence[str], cache_mib: int = 1024) -> None:
+        self.plan = plan
+        modalities = VIEWS[plan.kind]
+        self._columns = ["id", "content", *(view for view in views if modalities[view] == "text")]
+        if any(modalities[view] == "image" for view in views):
+            self._columns += ["shard", "offset", "length"]
+        self._rows: BoundedCache[ChunkRows] = BoundedCache(cache_mib * 2**20 // 2)
+        self._spans: BoundedCache[dict[str, tuple[int, bytes]]] = BoundedCache(cache_mib * 2**20 // 2)
+        self._footers: BoundedCache[pq.FileMetaData] = BoundedCache(256)
+        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
+        self._files_lock = threading.Lock()
+
+    def rows(self, chunk: int) -> ChunkRows:
+        """The light plane of a chunk.
+
+        Raises:
+            DataError: the fragment is missing, broken, or not the one the manifest describes.
+        """
+        return self._rows.get(chunk, lambda: self._read_rows(chunk))
+
+    def image(self, chunk: int, row: int) -> bytes:
+        """The encoded image of one sample; shorter than its length if the shard is cut off.
+
+        Raises:
+            DataError: the shard is missing.
+        """
+        rows = self.rows(chunk)
+        url = rows.shard[rows.text("shard", row)]
+        offset, length = int(rows.table["offset"][row].as_py()), int(rows.table["length"][row].as_py())
+        if storage.is_local(url):
+            return os.pread(self._file(url).fileno(), length, offset)
+        spans = self._spans.get(chunk, lambda: self._read_spans(rows))
+        if url in spans:
+            start, data = spans[url]
+            return data[offset - start : offset - start + length]
+        return _fetch(url, offset, offset + length)
+
+    def key(self, chunk: int, row: int) -> tuple[str, str]:
+        """Shard and key of one sample, for the quarantine."""
+        table = self._read_columns(chunk, ["shard", "key"])
+        return table["shard"][row].as_py(), table["key"][row].as_py()
+
+    def _read_columns(self, chunk: int, columns: list[str]) -> pa.Table:
+        where = self.plan.chunk(chunk)
+        corpus = self.plan.corpora[where.corpus]
+        fragment = corpus.fragments[where.fragment]
+        url = corpus.fragment_url(fragment)
+        fs, path = storage.open_fs(url)
+        try:
+            with fs.open(path, "rb") as raw:
+                footer = self._footers.get(url, lambda: (pq.read_metadata(raw), 1))
+                table = pq.ParquetFile(raw, metadata=footer).read_row_group(where.row_group, columns=columns)
+        except FileNotFoundError as error:
+            raise DataError(f"{url} does not exist.") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{url} is not a readable parquet file: {error}.") from error
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise DataError(f"{url} has no column {missing[0]!r}.")
+        if table.num_rows != where.rows:
+            raise DataError(
+                f"{url} has {table.num_rows} rows in row group {where.row_group}, but corpus.json says {where.rows}."
+            )
+        return table
+
+    def _read_rows(self, chunk: int) -> tuple[ChunkRows, int]:
+        table = self._read_columns(chunk, self._columns)
+        ids, content = hex_words(table["id"]), hex_words(table["content"])[:, 0].copy()
+        corpus = self.plan.corpora[self.plan.chunk(chunk).corpus]
+        shard: dict[str, str] = {}
+        if "shard" in table.column_names:
+            shard = {name: corpus.shard_url(name) for name in pc.unique(table["shard"]).to_pylist()}
+        light = table.drop_columns(["id", "content"]).combine_chunks()
+        return ChunkRows(ids, content, light, shard), int(light.nbytes + ids.nbytes + content.nbytes)
+
+    def _read_spans(self, rows: ChunkRows) -> tuple[dict[str, tuple[int, bytes]], int]:
+        """The stretch of each remote shard that holds a chunk's images, where it is not mostly other bytes."""
+        spans: dict[str, tuple[int, bytes]] = {}
+        for name, url in rows.shard.items():
+            mine = rows.table.filter(pc.equal(rows.table["shard"], name))
+            starts = mine["offset"].to_numpy()
+            stops = starts + mine["length"].to_numpy()
+            low, high = int(starts.min()), int(stops.max())
+            if high - low <= _SPARSE * int((stops - starts).sum()):
+                spans[url] = (low, _fetch(url, low, high))
+        return spans, sum(len(data) for _, data in spans.values())
+
+    def _file(self, url: str) -> IO[bytes]:
+        """An open local file; one that is dropped closes when its last reader lets go of it."""
+        with self._files_lock:
+            if url in self._files:
+                self._files.move_to_end(url)
+                return self._files[url]
+            try:
+                file = open(storage.open_fs(url)[1], "rb", buffering=0)  # noqa: SIM115 - kept open
+            except FileNotFoundError as error:
+                raise DataError(f"Shard {url} does not exist.") from error
+            except OSError as error:
+                raise DataError(f"Shard {url} cannot be read: {error.strerror}.") from error
+            self._files[url] = file
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
+
+
+def _fetch(url: str, start: int, stop: int) -> bytes:
+    fs, path = storage.open_fs(url)
+    try:
+        return fs.cat_file(path, start=start, end=stop)
+    except FileNotFoundError as error:
+        raise DataError(f"Shard {url} does not exist.") from error
+    except OSError as error:
+        raise DataError(f"Shard {url} cannot be read: {error}.") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -11,12 +12,13 @@ from cl.encoders.inputs import ViewInput
 from cl.registry import Registry
 
 
-class TowerFamily(Protocol):
-    """How one family of towers is configured, built and fed."""
+class TowerFamily(ABC):
+    """How one family of towers is configured, built and fed; never instantiated."""
 
     config: ClassVar[type[TowerConfig]]
 
     @staticmethod
+    @abstractmethod
     def build(cfg: Any, embed_dim: int) -> nn.Module:
         """A tower with fresh (or its own pretrained) weights: input of a view -> [B, embed_dim], not normalised.
 
@@ -25,8 +27,9 @@ class TowerFamily(Protocol):
         """
 
     @staticmethod
+    @abstractmethod
     def inputs(cfg: Any, train: bool) -> ViewInput:
         """What turns a view's raw samples (bytes, strings) into the tower's input; picklable."""
 
 
-TOWERS: Registry[TowerFamily] = Registry("tower", "cl.encoders.towers", "clew.towers")
+TOWERS: Registry[type[TowerFamily]] = Registry("tower", "cl.encoders.towers", "clew.towers")

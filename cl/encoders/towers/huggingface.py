@@ -7,7 +7,7 @@ read from safetensors only and no code of a model's repository is run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cl.encoders.attention import register_with_transformers
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import TextInput, ViewInput
-from cl.encoders.registry import TOWERS
+from cl.encoders.registry import TOWERS, TowerFamily
 from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
 from cl.errors import ConfigError
 
@@ -106,10 +106,10 @@ def _net_config(cfg: HuggingFaceConfig) -> Any:
     "Text towers of Hugging Face transformers, from a folder or from scratch.",
     paper="Transformers: State-of-the-Art Natural Language Processing",
 )
-class HuggingFaceFamily:
+class HuggingFaceFamily(TowerFamily):
     """How Hugging Face towers are configured, built and fed."""
 
-    config: ClassVar[type[TowerConfig]] = HuggingFaceConfig
+    config = HuggingFaceConfig
 
     @staticmethod
     def build(cfg: HuggingFaceConfig, embed_dim: int) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from cl.config import Config
 from cl.encoders.attention import replace_attention
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import ImageInput, TextInput, ViewInput
-from cl.encoders.registry import TOWERS
+from cl.encoders.registry import TOWERS, TowerFamily
 from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
 from cl.errors import ConfigError
 from cl.views.images import Augmentation
@@ -147,10 +147,10 @@ def _tower_cfg(cfg: OpenClipConfig) -> tuple[Any, bool]:
     "Vision and text towers of open_clip, by model name or config.",
     paper="Reproducible scaling laws for contrastive language-image learning",
 )
-class OpenClipFamily:
+class OpenClipFamily(TowerFamily):
     """How open_clip towers are configured, built and fed."""
 
-    config: ClassVar[type[TowerConfig]] = OpenClipConfig
+    config = OpenClipConfig
 
     @staticmethod
     def build(cfg: OpenClipConfig, embed_dim: int) -> nn.Module:

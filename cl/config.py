@@ -99,15 +99,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of fields in one; what `above` says wins."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
-def _load_tree(kind: str, name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_tree(kind: str, name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The fields of a config, found by path or shipped name, with what it extends under them."""
     path = find_config(kind, name)
     if path in above:
         raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, above))}.")
@@ -116,7 +118,7 @@ def _load_tree(kind: str, name: str, above: tuple[Path, ...] = ()) -> dict[str, 
     if parent is None:
         return data
     beside = path.parent / f"{parent}.yaml"
-    return _merge(_load_tree(kind, str(beside if beside.is_file() else parent), (*above, path)), data)
+    return merge(load_tree(kind, str(beside if beside.is_file() else parent), (*above, path)), data)
 
 
 def is_override(argument: str) -> bool:
@@ -170,7 +172,7 @@ def load_config(model: type[C], kind: str, name: str | None, overrides: Iterable
     Raises:
         ConfigError: one sentence with the field, the value and what is accepted.
     """
-    data = _load_tree(kind, name) if name is not None else {}
+    data = load_tree(kind, name) if name is not None else {}
     return parse_config(model, apply_overrides(data, overrides), where=name or f"{kind} config")
 
 

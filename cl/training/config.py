@@ -1,0 +1,152 @@
+"""The config of a training run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cl.config import Config, load_tree, merge
+from cl.encoders.config import ModelConfig
+from cl.objectives import ObjectiveConfig
+
+Precision = Literal["fp32", "bf16", "fp64"]
+
+
+class CorpusConfig(Config):
+    """One corpus to train on."""
+
+    path: str = Field(description="folder or fsspec URL of a corpus")
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization")."""
+
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="decay of the running mean and square of gradients")
+    eps: float = Field(1e-6, gt=0, description="added to the root of the running square")
+    weight_decay: float = Field(0.2, ge=0, description="of matrices; norms, biases and temperature have none")
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
+        return self
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up, then the rest of the run."""
+
+    kind: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 to the peak")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="learning rate that the cosine ends at / peak")
+
+
+class WorkersConfig(Config):
+    """Who trains. Under torchrun, torchrun decides and this section is not used."""
+
+    count: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process, without Ray")
+    cpus: float = Field(1, gt=0, description="cores reserved for each worker")
+    gpus: int | None = Field(None, ge=0, le=1, description="GPUs a worker; null: one each if the cluster has enough")
+    max_failures: int = Field(3, ge=0, description="how often lost workers are replaced before the run fails")
+
+
+class CheckpointsConfig(Config):
+    """When and where the state of the run is kept."""
+
+    every_steps: int = Field(100, ge=1, description="steps between two checkpoints; the last step always has one")
+    keep_last: int = Field(2, ge=1, description="how many are kept")
+    path: str | None = Field(None, description="folder or fsspec URL all workers reach; null: OUT/checkpoints")
+
+
+class LoaderConfig(Config):
+    """How each worker reads ahead."""
+
+    threads: int = Field(2, ge=1, description="decoding threads a worker")
+    prefetch: int = Field(2, ge=1, description="batches decoded ahead")
+
+
+class CallbackConfig(Config, extra="allow"):
+    """A registered callback and its own settings."""
+
+    name: str = Field(description="as registered in clew.callbacks")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Config):
+    """A training run. Exactly one of `steps`, `samples` and `epochs` says how long it is."""
+
+    out: str = Field(description="folder of the run: config, metrics, checkpoints, summary")
+    seed: int = Field(0, ge=0, lt=2**63, description="fixes initial weights, order of samples, augmentation, dropout")
+    corpus: str | None = Field(None, description="the corpus to train on, if it is a single one")
+    corpora: list[CorpusConfig] = Field([], description="the corpora to train on")
+    model: ModelConfig = Field(description="towers and their views")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what is learnt")
+    batch_size: int = Field(256, ge=2, description="samples of the global batch, whatever the number of workers")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    samples: int | None = Field(None, ge=1, description="samples seen; rounded up to whole steps")
+    epochs: int | None = Field(None, ge=1, description="passes over the corpora")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: Precision = Field("bf16", description="bf16: autocast, fp32 weights; fp64: everything, for exactness")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the averaged gradient; null: no clipping")
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint: CheckpointsConfig = CheckpointsConfig()
+    loader: LoaderConfig = LoaderConfig()
+    log_every: int = Field(10, ge=1, description="steps between two records in metrics.jsonl and TensorBoard")
+    callbacks: list[CallbackConfig] = Field([], description="registered callbacks, called in this order")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named_model(cls, data: Any) -> Any:
+        """`model: NAME`, or `model: {extends: NAME, ...}`, starts from a shipped model config."""
+        if isinstance(data, str):
+            data = {"extends": data}
+        if isinstance(data, dict) and "extends" in data:
+            fields = dict(data)
+            return merge(load_tree("models", str(fields.pop("extends"))), fields)
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_corpora(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("corpora"), list):
+            corpora = [{"path": item} if isinstance(item, str) else item for item in data["corpora"]]
+            return {**data, "corpora": corpora}
+        return data
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> TrainConfig:
+        given = [name for name in ("steps", "samples", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) + " are" if given else "none of them is"
+            raise ValueError(f"exactly one of steps, samples and epochs must be given, but {what}")
+        if bool(self.corpus) == bool(self.corpora):
+            what = "both are" if self.corpus else "neither is"
+            raise ValueError(f"exactly one of corpus (a path) and corpora (a list) must be given, but {what}")
+        if self.batch_size < self.workers.count:
+            raise ValueError(f"batch_size ({self.batch_size}) must be at least workers.count ({self.workers.count})")
+        if "://" in self.out:
+            raise ValueError("out must be a local or shared folder; checkpoint.path may be a URL")
+        return self
+
+    @property
+    def corpus_paths(self) -> list[str]:
+        return [self.corpus] if self.corpus else [corpus.path for corpus in self.corpora]
+
+    @property
+    def checkpoint_url(self) -> str:
+        """Where the checkpoints are."""
+        return self.checkpoint.path or f"{self.out.rstrip('/')}/checkpoints"
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        if self.samples is not None:
+            return -(-self.samples // self.batch_size)
+        assert self.epochs is not None
+        return self.epochs * steps_per_epoch

@@ -1,0 +1,28 @@
+"""Number formats of a run.
+
+fp32   everything in float32
+bf16   weights, optimizer and loss in float32; matrix products of the towers in bfloat16 (autocast)
+fp64   everything in float64: slow, for proofs of exactness
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from cl.training.config import Precision
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which towers run; objectives stay outside of it."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def cast(module: nn.Module, precision: Precision) -> nn.Module:
+    """Bring a module's weights into the format in which the run keeps them."""
+    return module.double() if precision == "fp64" else module.float()

@@ -1,0 +1,86 @@
+"""`train`: what `clew train` calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cl.batches.loader import check_views
+from cl.batches.plan import BatchPlan
+from cl.corpus import open_corpus
+from cl.encoders import build_inputs
+from cl.encoders.model import check_model
+from cl.errors import ClewError
+from cl.run import write_run_info
+from cl.training.callbacks import build_callbacks
+from cl.training.config import TrainConfig
+from cl.training.outcome import TrainResult, read_result
+from cl.training.place import under_torchrun
+from cl.training.resume import prepare_folder
+from cl.training.watch import watch
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["TrainResult", "train"]
+
+
+def train(cfg: TrainConfig, resume: bool = False, callbacks: Sequence[Any] = ()) -> TrainResult:
+    """Train a model and return the run's summary.
+
+    `workers.count` Ray Train workers do it; with 0 this process does it alone, without Ray; and under torchrun, where
+    every process calls this, the processes that torchrun started do.
+
+    Args:
+        cfg: the run.
+        resume: go on from the newest whole checkpoint of a run that stopped (or is to be longer).
+        callbacks: `ray.train.UserCallback`s, such as Ray Tune's; only with Ray Train workers.
+
+    Raises:
+        ClewError: one sentence on what to mend.
+        KeyboardInterrupt: after all workers were stopped; the run can be resumed.
+    """
+    if under_torchrun() and int(os.environ["RANK"]) != 0:
+        from cl.training.loop import train_worker
+
+        return train_worker(cfg)
+    finished = prepare_folder(cfg, resume)
+    if finished is not None:
+        logger.warning("%s is finished (step %d): nothing is left to train.", cfg.out, finished.steps)
+        return finished
+    plan = check_run(cfg)
+    with (
+        write_run_info(cfg.out, "train", cfg) as info,
+        watch(cfg.out, cfg.total_steps(plan.steps_per_epoch), cfg.batch_size, relay_log=_uses_ray(cfg)),
+    ):
+        if _uses_ray(cfg):
+            from cl.training.launch import launch
+
+            launch(cfg, callbacks)
+        else:
+            from cl.training.loop import train_worker
+
+            train_worker(cfg)
+        result = read_result(cfg.out)
+        if result is None:
+            raise ClewError(f"The workers ended, but {cfg.out} has no summary.json: is it on storage they all share?")
+        info.add(steps=result.steps, samples=result.samples, workers=result.workers)
+    return result
+
+
+def check_run(cfg: TrainConfig) -> BatchPlan:
+    """Find what the user has to mend before any worker starts; returns the run's plan.
+
+    Raises:
+        ClewError: a corpus, a model, a view or a callback that cannot be used.
+    """
+    build_callbacks(cfg.callbacks)
+    check_model(cfg.model)
+    plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
+    check_views(plan, build_inputs(cfg.model, train=True))
+    return plan
+
+
+def _uses_ray(cfg: TrainConfig) -> bool:
+    return cfg.workers.count > 0 and not under_torchrun()

@@ -44,7 +44,9 @@ MOST_PIXELS = 50_000_000
 CLIPART_TRAIN, PER_SHARD = 3000, 1500  # samples
 TEXT_TRAIN, TEXT_HELDOUT, TWITTER_HELDOUT = 8000, 500, 500  # rows, rows, samples
 LANGUAGES = ("de", "fr", "es", "ru", "ja", "ar")  # of the planted captions that are not English
-USELESS_TITLE = re.compile(r"part of the flat icon|HASH\(0x|lemon svg theme|^clipart by|^untitled|^$|^drawing|\.svg$", re.I)
+USELESS_TITLE = re.compile(
+    r"part of the flat icon|HASH\(0x|lemon svg theme|^clipart by|^untitled|^$|^drawing|\.svg$", re.I
+)
 USELESS_WORDS = {"hash", "unsorted", "", "clip art", "clipart", "svg"}
 PEOPLE, GENDERS = {"1f468", "1f469", "1f9d1"}, {"2640", "2642"}
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
@@ -187,11 +189,17 @@ def clipart(svg: Path, png: Path) -> tuple[list[Sample], list[Sample], list[Samp
 def cldr_names(annotations: Path, derived: Path, language: str) -> dict[str, tuple[str, list[str]]]:
     """Code points -> name and keywords in a language."""
     names = {}
-    for folder, field in ((annotations / "annotations", "annotations"), (derived / "annotationsDerived", "annotationsDerived")):
+    for folder, field in (
+        (annotations / "annotations", "annotations"),
+        (derived / "annotationsDerived", "annotationsDerived"),
+    ):
         data = json.loads((folder / language / "annotations.json").read_text())[field]["annotations"]
         for characters, value in data.items():
             if value.get("tts"):
-                names[code_points("-".join(f"{ord(c):x}" for c in characters))] = (value["tts"][0], value.get("default", []))
+                names[code_points("-".join(f"{ord(c):x}" for c in characters))] = (
+                    value["tts"][0],
+                    value.get("default", []),
+                )
     return names
 
 
@@ -287,7 +295,9 @@ def build(out: Path, cache: Path) -> None:
     # These drawings get a caption in another language in place of their English one.
     translated = [s for s in google_train if all(s.meta["code_points"] in f for f in foreign.values())][:12]
     captions = [foreign[LANGUAGES[i % 6]][s.meta["code_points"]][0] for i, s in enumerate(translated)]
-    others = [replace(s, text=c, key=LANGUAGES[i % 6]) for i, (s, c) in enumerate(zip(translated, captions, strict=True))]
+    others = [
+        replace(s, text=c, key=LANGUAGES[i % 6]) for i, (s, c) in enumerate(zip(translated, captions, strict=True))
+    ]
     google_train = [s for s in google_train if s not in translated]
     planted = plant_images(train, spare, others)
     shards = {"clipart-00000.tar": train[:PER_SHARD], "clipart-00001.tar": train[PER_SHARD:]}

@@ -87,9 +87,27 @@ def plant_images(train: list[Any], spare: list[Any], translated: list[Any]) -> l
         add("png-named-jpg", i, FIRST, "PNG with the name .jpg", "keep", next(left), jpg=png)
     sample = next(left)
     add("missing-image", 1, FIRST, "no image", "quarantine:missing_image", sample, jpg=None)
-    add("text-named-jpg", 1, FIRST, "text with the name .jpg", "quarantine:not_an_image", next(left), jpg=b"not an image\n")
-    add("invalid-utf8-caption", 1, SECOND, "caption in Latin-1", "quarantine:invalid_utf8", next(left), txt=b"Caf\xe9 au lait")
-    add("invalid-json", 1, SECOND, "metadata cut off", "quarantine:invalid_json", next(left), json=b'{"label": "food", ')
+    add(
+        "text-named-jpg",
+        1,
+        FIRST,
+        "text with the name .jpg",
+        "quarantine:not_an_image",
+        next(left),
+        jpg=b"not an image\n",
+    )
+    add(
+        "invalid-utf8-caption",
+        1,
+        SECOND,
+        "caption in Latin-1",
+        "quarantine:invalid_utf8",
+        next(left),
+        txt=b"Caf\xe9 au lait",
+    )
+    add(
+        "invalid-json", 1, SECOND, "metadata cut off", "quarantine:invalid_json", next(left), json=b'{"label": "food", '
+    )
     for turn in ("first", "second"):
         expected = "keep" if turn == "first" else "quarantine:duplicate_key"
         add("duplicate-key", 1, SECOND, f"key used twice, {turn} time", expected, next(left))
@@ -113,7 +131,9 @@ def plant_images(train: list[Any], spare: list[Any], translated: list[Any]) -> l
     return planted
 
 
-def truncated_tar(samples: list[Any], folder: Path, write_tar: Callable[[Path, list[Any]], None]) -> list[dict[str, Any]]:
+def truncated_tar(
+    samples: list[Any], folder: Path, write_tar: Callable[[Path, list[Any]], None]
+) -> list[dict[str, Any]]:
     """A shard that ends in the middle of the tenth image: nine samples are whole."""
     planted = []
     for i, sample in enumerate(samples, 1):

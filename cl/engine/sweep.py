@@ -27,9 +27,12 @@ class Tiling:
     columns: int = 2048
 
     def cut(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-        """Row and column slices that cover rows x columns once, a band of columns at a time."""
-        for j in range(0, columns, self.columns):
-            for i in range(0, rows, self.rows):
+        """Row and column slices that cover rows x columns once, a band of columns at a time.
+
+        A worker without rows gets one empty tile, so that it learns which reductions it must take part in.
+        """
+        for j in range(0, max(columns, 1), self.columns):
+            for i in range(0, max(rows, 1), self.rows):
                 yield slice(i, min(i + self.rows, rows)), slice(j, min(j + self.columns, columns))
 
 

@@ -1,0 +1,158 @@
+"""Statistics of rows and columns while they are being reduced, tile by tile, and when they are finished.
+
+A statistic of view v is made of a row part (tiles whose rows are v: complete on the worker that owns the row) and a
+column part (tiles whose columns are v: partial on every worker, all-reduced). Both parts merge at the owner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cl.engine.collectives import Layout
+from cl.engine.rule import Reduction
+
+Key = tuple[str, str]  # name of the statistic, view
+
+
+def merge_lse(first: Tensor, second: Tensor) -> Tensor:
+    """log(exp first + exp second), -inf where both are."""
+    return torch.logaddexp(first, second)
+
+
+def weights_of(lse: Tensor, total: Tensor) -> Tensor:
+    """exp(lse - total), 0 where nothing was counted."""
+    return (lse - total.where(total > -torch.inf, 0)).exp()
+
+
+@dataclass
+class Part:
+    """The running reduction of one axis: `lse` or `sum` in `value`; `mean` adds a weight; `top` adds positions."""
+
+    kind: str
+    value: Tensor  # lse, sum, mean: [n]; top: [n, k]
+    lse: Tensor | None = None  # mean: [n], the log of the weight behind `value`
+    position: Tensor | None = None  # top: [n, k] int64, the column of each value; -1 for none
+
+    @staticmethod
+    def empty(reduction: Reduction, rows: int) -> Part:
+        like = reduction.values
+        if reduction.kind == "lse":
+            return Part("lse", like.new_full((rows,), -torch.inf))
+        if reduction.kind == "sum":
+            return Part("sum", like.new_zeros(rows))
+        if reduction.kind == "mean":
+            return Part("mean", like.new_zeros(rows), like.new_full((rows,), -torch.inf))
+        position = torch.full((rows, reduction.k), -1, dtype=torch.int64, device=like.device)
+        return Part("top", like.new_full((rows, reduction.k), -torch.inf), position=position)
+
+    def add_(self, at: slice, reduction: Reduction, counts: Tensor | None, first_column: int) -> None:
+        """Take one tile's entries in; `at` are the rows (or columns) of the tile in this part."""
+        dim = 1 if reduction.axis == "row" else 0
+        values = reduction.values
+        if self.kind == "sum":
+            self.value[at] += (values if counts is None else values.where(counts, 0)).sum(dim)
+            return
+        values = values if counts is None else values.where(counts, -torch.inf)
+        if self.kind == "lse":
+            self.value[at] = merge_lse(self.value[at], values.logsumexp(dim))
+        elif self.kind == "mean":
+            assert self.lse is not None
+            assert reduction.payload is not None
+            lse = values.logsumexp(dim)
+            payload = reduction.payload if counts is None else reduction.payload.where(counts, 0)
+            mean = (weights_of(values, lse.unsqueeze(dim)) * payload).sum(dim)
+            total = merge_lse(self.lse[at], lse)
+            self.value[at] = weights_of(self.lse[at], total) * self.value[at] + weights_of(lse, total) * mean
+            self.lse[at] = total
+        else:
+            assert self.position is not None
+            columns = torch.arange(first_column, first_column + values.shape[1], device=values.device)
+            every = torch.cat([self.value[at], values], 1)
+            positions = torch.cat([self.position[at], columns.expand(values.shape)], 1)
+            # A stable sort keeps the first column first among equals, whatever the tiles.
+            best = every.sort(dim=1, descending=True, stable=True).indices[:, : reduction.k]
+            self.value[at], self.position[at] = every.gather(1, best), positions.gather(1, best)
+
+    def all_reduce_(self, layout: Layout) -> None:
+        """Complete a column part over the workers."""
+        workers = layout.workers
+        if workers.size == 1:
+            return
+        if self.kind == "sum":
+            workers.all_reduce(self.value)
+            return
+        lse = self.value if self.kind == "lse" else self.lse
+        assert lse is not None
+        largest = workers.all_reduce(lse.clone(), dist.ReduceOp.MAX)
+        shift = largest.where(largest > -torch.inf, 0)
+        weight = (lse - shift).exp()
+        if self.kind == "mean":
+            weighted = workers.all_reduce(weight * self.value)
+        weight = workers.all_reduce(weight)
+        total = weight.log() + shift
+        if self.kind == "lse":
+            self.value = total
+        else:
+            self.value = torch.where(weight > 0, weighted / weight, 0)
+            self.lse = total
+
+    def merged(self, other: Part) -> Part:
+        """Both parts of the same rows in one."""
+        if self.kind == "sum":
+            return Part("sum", self.value + other.value)
+        if self.kind == "lse":
+            return Part("lse", merge_lse(self.value, other.value))
+        assert self.lse is not None
+        assert other.lse is not None
+        total = merge_lse(self.lse, other.lse)
+        mean = weights_of(self.lse, total) * self.value + weights_of(other.lse, total) * other.value
+        return Part("mean", mean, total)
+
+    def select(self, rows: slice) -> Part:
+        return Part(self.kind, self.value[rows], None if self.lse is None else self.lse[rows])
+
+
+@dataclass
+class Finished:
+    """A finished statistic: this worker's rows, and all workers' where columns are read or reduced."""
+
+    local: Part
+    everyone: Part
+
+
+@dataclass
+class Running:
+    """The statistics of one pass while its sweep runs."""
+
+    row_parts: dict[Key, Part] = field(default_factory=dict)
+    column_parts: dict[Key, Part] = field(default_factory=dict)
+
+    def part(self, key: Key, reduction: Reduction, rows: int) -> Part:
+        parts = self.row_parts if reduction.axis == "row" else self.column_parts
+        if key not in parts:
+            parts[key] = Part.empty(reduction, rows)
+        return parts[key]
+
+    def finish(self, layouts: dict[str, Layout]) -> dict[Key, Finished]:
+        """Complete over the workers and merge row with column parts."""
+        finished = {}
+        # Every worker sees the same names in the same order: collectives must match.
+        for key in [*self.row_parts, *(key for key in self.column_parts if key not in self.row_parts)]:
+            layout = layouts[key[1]]
+            row, column = self.row_parts.get(key), self.column_parts.get(key)
+            if column is not None:
+                column.all_reduce_(layout)
+            if row is None:
+                assert column is not None
+                finished[key] = Finished(column.select(layout.local), column)
+                continue
+            local = row if column is None else row.merged(column.select(layout.local))
+            everyone = Part(
+                local.kind, layout.gather(local.value), None if local.lse is None else layout.gather(local.lse)
+            )
+            finished[key] = Finished(local, everyone)
+        return finished

@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,7 @@ def ray_session(
                         **common,
                     )
             else:
+                _knock(address)
                 runtime_env = {"env_vars": {"PYTHONPATH": _python_path()}} if _from_checkout() else None
                 try:
                     ray.init(address=address, runtime_env=runtime_env, **common)
@@ -114,6 +116,18 @@ def ray_session(
                 processes = _local_processes() if address is None else []
                 ray.shutdown()
                 _await_end(processes)
+
+
+def _knock(address: str, seconds: float = 10.0) -> None:
+    """Refuse an address at which nothing listens: Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", a namespace, or a scheme of another provider: Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"No Ray cluster answers at {address} (RAY_ADDRESS): {reason}.") from error
 
 
 def _local_processes() -> list[psutil.Process]:

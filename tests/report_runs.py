@@ -86,8 +86,15 @@ def image_rows(folder: Path, samples: int) -> list[dict[str, Any]]:
     with tarfile.open(path) as tar:
         places = [(m.offset_data, m.size) for m in tar.getmembers()]
     for row, (offset, length) in zip(rows, places, strict=True):
-        row |= {"id": sample_id("drawn", row["key"]), "source": "drawn", "shard": str(path), "offset": offset,
-                "length": length, "format": "jpeg", "meta": "{}"}  # fmt: skip
+        row |= {
+            "id": sample_id("drawn", row["key"]),
+            "source": "drawn",
+            "shard": str(path),
+            "offset": offset,
+            "length": length,
+            "format": "jpeg",
+            "meta": "{}",
+        }
     return rows
 
 
@@ -172,16 +179,33 @@ def train_run(folder: Path, corpus: Path, steps: int = 120, finished: bool = Tru
     rng = random.Random(1)
     lines = []
     for step in range(1, steps + 1):
-        record = {"step": step, "epoch": step // 40, "samples": step * 64, "loss": 1.2 + 3 * math.exp(-step / 40) + rng.gauss(0, 0.05),
-                  "logit_scale": 14.3 + step / 20, "lr": 1e-3 * min(step / 20, 1), "grad_norm": 1 + rng.random(),
-                  "samples_per_second": 130 + rng.gauss(0, 8), "data_wait": 0.01, "seconds": step / 2}  # fmt: skip
+        record = {
+            "step": step,
+            "epoch": step // 40,
+            "samples": step * 64,
+            "loss": 1.2 + 3 * math.exp(-step / 40) + rng.gauss(0, 0.05),
+            "logit_scale": 14.3 + step / 20,
+            "lr": 1e-3 * min(step / 20, 1),
+            "grad_norm": 1 + rng.random(),
+            "samples_per_second": 130 + rng.gauss(0, 8),
+            "data_wait": 0.01,
+            "seconds": step / 2,
+        }
         lines.append(json.dumps(record))
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
     (folder / "metrics.jsonl").write_text(text if finished else text + '{"step": 121, "lo')
     if finished:
-        summary = {"steps": steps, "samples": steps * 64, "samples_per_second": 131.2, "loss_first": 4.16, "loss_last": 1.35,
-                   "seconds": 60.0, "checkpoint": f"{folder}/checkpoints/step-00000120", "workers": 2}  # fmt: skip
+        summary = {
+            "steps": steps,
+            "samples": steps * 64,
+            "samples_per_second": 131.2,
+            "loss_first": 4.16,
+            "loss_last": 1.35,
+            "seconds": 60.0,
+            "checkpoint": f"{folder}/checkpoints/step-00000120",
+            "workers": 2,
+        }
         storage.write_json(str(folder / "summary.json"), summary)
     (folder / "config.yaml").write_text(
         f"out: {folder}\ncorpora:\n- path: {corpus}\nbatch_size: 64\nobjective: {{name: infonce}}\n"
@@ -207,8 +231,10 @@ def eval_run(folder: Path, corpus: Path, checkpoint: Path) -> Path:
         {"metric": "zero_shot/accuracy", "value": 0.41, "chance": 0.25, "higher_is_better": True},
         {"metric": "uniformity", "value": -2.113, "chance": None, "higher_is_better": False},
     ]
-    result = {"checkpoint": f"{checkpoint}/checkpoints/step-00000120",
-              "corpora": {"held out": {"samples": len(rows), "path": str(corpus), "metrics": metrics, "examples": examples}}}  # fmt: skip
+    result = {
+        "checkpoint": f"{checkpoint}/checkpoints/step-00000120",
+        "corpora": {"held out": {"samples": len(rows), "path": str(corpus), "metrics": metrics, "examples": examples}},
+    }
     storage.write_json(str(folder / "eval.json"), result)
     (folder / "config.yaml").write_text(f"checkpoint: {checkpoint}\nout: {folder}\n")
     run_json(folder, "eval")
@@ -217,15 +243,23 @@ def eval_run(folder: Path, corpus: Path, checkpoint: Path) -> Path:
 
 def sweep_run(folder: Path) -> Path:
     """A sweep of two axes with one trial that failed."""
-    trials = []
+    trials: list[dict[str, Any]] = []
     for i, temperature in enumerate((0.02, 0.05, 0.1, 0.2)):
         for j, batch in enumerate((64, 128, 256)):
             value = None if (i, j) == (3, 0) else 0.25 - 0.04 * (i - 1) ** 2 + 0.03 * j
-            trials.append({"id": f"t{i}{j}", "parameters": {"objective.temperature": temperature, "batch_size": batch},
-                           "value": value, "status": "finished" if value else "failed", "seconds": 33.0, "steps": 100})  # fmt: skip
-    best = max((t for t in trials if t["value"]), key=lambda t: t["value"])
-    result = {"metric": "retrieval/text_to_image/R@1", "mode": "max", "chance": 1 / 96, "best": best, "trials": trials,
-              "axes": ["objective.temperature", "batch_size"]}  # fmt: skip
+            parameters = {"objective.temperature": temperature, "batch_size": batch}
+            status = "failed" if value is None else "finished"
+            trial = {"id": f"t{i}{j}", "parameters": parameters, "value": value, "status": status}
+            trials.append(trial | {"seconds": 33.0, "steps": 100})
+    best = max((t for t in trials if t["value"]), key=lambda t: t["value"] or 0)
+    result = {
+        "metric": "retrieval/text_to_image/R@1",
+        "mode": "max",
+        "chance": 1 / 96,
+        "best": best,
+        "trials": trials,
+        "axes": ["objective.temperature", "batch_size"],
+    }
     storage.write_json(str(folder / "sweep.json"), result)
     run_json(folder, "sweep")
     return folder

@@ -1,8 +1,7 @@
-"""The rows of a corpus or of a curation run, as many as a page needs: all of a small one, an even part of a large one."""
+"""The rows of a corpus or of a curation run: all of a small one, an even part of a large one."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +102,11 @@ def _plain(url: str, rows: int) -> pa.Table:
         return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
 
 
+def first_column(rows: Rows, names: tuple[str, ...]) -> str | None:
+    """The first of some columns that is there."""
+    return next((name for name in names if rows.has(name)), None)
+
+
 def caption_words(rows: Rows) -> np.ndarray | None:
     """Words (runs of characters between white space) of each caption or anchor."""
     name = next((n for n in ("text", "anchor") if rows.has(n)), None)
@@ -120,12 +124,3 @@ def text_of(row: dict[str, Any]) -> str:
     if row.get("anchor") is not None:
         return f"{row['anchor']} → {row.get('positive', '')}"
     return ""
-
-
-def meta_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The sample's own metadata, {} where it is not a JSON object."""
-    try:
-        data = json.loads(row.get("meta") or "{}")
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from pipelines.report.wording import clean, number
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 34
 MAX_POINTS = 300
 
 
@@ -31,9 +31,10 @@ class Series:
 
 
 def _svg(label: str, body: list[str], width: float = WIDTH, height: float = HEIGHT) -> Markup:
-    return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{"".join(body)}</svg>'
-    )
+    """The element; it grows to half again its size at most, so that its letters stay those of a caption."""
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{1.5 * width:g}px" role="img"'
+    # Every string in `body` has been through `escape` in `_text`, the rest are numbers and our own class names.
+    return Markup(f'{head} aria-label="{escape(clean(label))}">{"".join(body)}</svg>')  # noqa: S704
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> str:
@@ -52,11 +53,15 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 
 def _tick_label(value: float) -> str:
+    """A round number as short as it can be said: 0.05, 7.5e-4, 20k."""
     size = abs(value)
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, scale, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= limit:
-            return f"{value / ({'G': 1e9, 'M': 1e6, 'k': 1e3}[unit]):g}{unit}"
-    return number(value, 3)
+            return f"{value / scale:g}{unit}"
+    if 0 < size < 1e-3:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.6g}"
 
 
 def _grid(ys: list[float], x_label: str) -> list[str]:

@@ -5,33 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cl import storage
 from cl.errors import DataError
-from pipelines.report import charts
-from pipelines.report.annotated import Rows, caption_words, load_rows, text_of
+from pipelines.report.annotated import Rows, first_column, load_rows, text_of
+from pipelines.report.distributions import distributions, languages
 from pipelines.report.pictures import Picture, Thumbnails
 from pipelines.report.runs import Run
-from pipelines.report.wording import clean, count, number, words
+from pipelines.report.wording import brief, clean, count, number, words
 
 EXAMPLES = 8  # pictures a drop reason, and a cluster
 PAIRS = 6  # near-duplicates shown beside what they duplicate
 CLUSTERS = 4  # largest, and as many smallest
 QUARANTINE_ROWS = 50
-LANGUAGES = 12
 
 # The columns that stages write, by what the page does with them; the first that is there is used.
-LANGUAGE = ("language", "lang")
-SCORE = ("score", "image_text_score", "clip_score")
 CLUSTER = ("cluster", "cluster_id")
 DUPLICATE = ("duplicate_of", "near_duplicate_of", "exact_duplicate_of")
 # Not shown as "values": they say the same for every row, or are shown elsewhere.
 HIDDEN = {
     "id", "source", "key", "shard", "content", "meta", "offset", "length", "text", "anchor", "positive", "lane",
-    "drop_stage", "drop_reason", "kept",
+    "drop_stage", "drop_reason", "kept", *DUPLICATE,
 }  # fmt: skip
 
 
@@ -45,6 +41,8 @@ def corpus_section(run: Run, pictures: Thumbnails) -> dict[str, Any]:
         "charts": [],
         "examples": [],
         "texts": [],
+        "sources": [],
+        "sampled": "",
     }
     if rows is not None and rows.table.num_rows:
         section["charts"] = distributions(rows, None)
@@ -67,6 +65,10 @@ def curation_section(run: Run, pictures: Thumbnails) -> dict[str, Any]:
         "funnel": funnel_steps(funnel),
         "quarantine": quarantine(run),
         "charts": [],
+        "languages": [],
+        "drops": [],
+        "clusters": [],
+        "sampled": "",
     }
     rows = load_rows(run, "annotated")
     if rows is None:
@@ -76,7 +78,8 @@ def curation_section(run: Run, pictures: Thumbnails) -> dict[str, Any]:
     section["sampled"] = _sampled(rows)
     section["charts"] = distributions(rows, kept)
     section["languages"] = languages(rows, kept)
-    section["drops"] = drops(rows, roots, pictures)
+    order = [str(stage.get("stage")) for stage in funnel.get("stages", [])]
+    section["drops"] = drops(rows, roots, pictures, order)
     section["clusters"] = clusters(kept, roots, pictures)
     return section
 
@@ -103,7 +106,8 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 def _sampled(rows: Rows) -> str:
     if not rows.sampled:
         return ""
-    return f"Examples and histograms are of {count(rows.table.num_rows)} of the {count(rows.total)} rows; counts are of all."
+    part = f"{count(rows.table.num_rows)} of the {count(rows.total)} rows"
+    return f"Examples and histograms are of {part}; counts are of all."
 
 
 def funnel_steps(funnel: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,92 +159,22 @@ def quarantine(run: Run) -> dict[str, Any]:
     return {"rows": shown, "total": sum(reasons.values()), "reasons": reasons.most_common()}
 
 
-def distributions(rows: Rows, kept: Rows | None) -> list[dict[str, Any]]:
-    """Histograms of caption words, sizes, aspect and score; of what came in, and what was kept if that is known."""
-    wanted = [
-        ("Words of a caption" if rows.has("text") else "Words of an anchor", caption_words, "words"),
-        ("Shorter side", _shorter_side, "pixels"),
-        ("Aspect ratio", _aspect, "longer side / shorter side"),
-    ]
-    score = _first(rows, SCORE)
-    if score:
-        wanted.append((words(score).capitalize(), lambda r: r.numbers(score), "score"))
-    found = []
-    for title, values_of, unit in wanted:
-        before = values_of(rows)
-        if before is None or not np.isfinite(before).any():
-            continue
-        after = values_of(kept) if kept is not None else None
-        edges = _edges(before[np.isfinite(before)])
-        names = None
-        counts_before = _counts(before, edges)
-        counts_after = _counts(after, edges) if after is not None else counts_before
-        svg = charts.histogram(
-            f"Histogram of {title.lower()}: {count(counts_before.sum())} came in"
-            + (f", {count(counts_after.sum())} were kept" if kept is not None else ""),
-            counts_before, counts_after, edges, names, unit,
-        )  # fmt: skip
-        middle = f"median {number(float(np.nanmedian(before)))}"
-        if after is not None and np.isfinite(after).any():
-            middle += f" before, {number(float(np.nanmedian(after)))} after"
-        found.append({"title": title, "svg": svg, "note": middle})
-    return found
-
-
-def _shorter_side(rows: Rows) -> np.ndarray | None:
-    width, height = rows.numbers("width"), rows.numbers("height")
-    return None if width is None or height is None else np.minimum(width, height)
-
-
-def _aspect(rows: Rows) -> np.ndarray | None:
-    width, height = rows.numbers("width"), rows.numbers("height")
-    if width is None or height is None:
-        return None
-    return np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
-
-
-def _edges(values: np.ndarray) -> np.ndarray:
-    """24 or fewer round bins up to the 99.5th percentile; what lies beyond is counted in the last."""
-    low, high = float(values.min()), float(np.quantile(values, 0.995))
-    whole = bool((values == np.round(values)).all())
-    if high <= low:
-        return np.array([low - 0.5, low + 0.5]) if whole else np.array([low - 0.01, low + 0.01])
-    step = charts.ticks(low, high, 20)
-    size = max(step[1] - step[0], 1.0) if whole else step[1] - step[0]
-    start = np.floor(low / size) * size
-    return start + size * np.arange(int(np.ceil((high - start) / size + 1e-9)) + (1 if whole else 0) + 1)
-
-
-def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    good = values[np.isfinite(values)]
-    return np.histogram(np.clip(good, edges[0], np.nextafter(edges[-1], edges[0])), edges)[0]
-
-
-def languages(rows: Rows, kept: Rows) -> list[dict[str, Any]]:
-    """Rows a language: how many came in and how many were kept."""
-    name = _first(rows, LANGUAGE)
-    if name is None:
-        return []
-    before = Counter(str(x) for x in rows.table[name].to_pylist() if x is not None)
-    after = Counter(str(x) for x in kept.table[name].to_pylist() if x is not None)
-    top = before.most_common(LANGUAGES)
-    table = [{"name": lang, "in": n, "kept": after[lang], "share": 100 * n / sum(before.values())} for lang, n in top]
-    rest = sum(before.values()) - sum(n for _, n in top)
-    if rest:
-        others = sum(after.values()) - sum(after[lang] for lang, _ in top)
-        table.append({"name": "others", "in": rest, "kept": others, "share": 100 * rest / sum(before.values())})
-    return table
-
-
-def drops(rows: Rows, roots: list[str], pictures: Thumbnails) -> list[dict[str, Any]]:
-    """Examples of every reason for which rows were dropped, in the order of the funnel."""
+def drops(rows: Rows, roots: list[str], pictures: Thumbnails, order: list[str]) -> list[dict[str, Any]]:
+    """Examples of every reason for which rows were dropped, by stage, the most frequent first."""
     if not rows.has("drop_reason"):
         return []
     table = rows.table
-    groups = table.filter(pc.is_valid(table["drop_reason"])).group_by(["drop_stage", "drop_reason"]).aggregate([([], "count_all")])
+    groups = (
+        table.filter(pc.is_valid(table["drop_reason"]))
+        .group_by(["drop_stage", "drop_reason"])
+        .aggregate([([], "count_all")])
+    )
     found = []
-    for group in sorted(groups.to_pylist(), key=lambda g: -g["count_all"]):
-        mask = pc.and_(pc.equal(table["drop_stage"], group["drop_stage"]), pc.equal(table["drop_reason"], group["drop_reason"]))
+    place = {stage: k for k, stage in enumerate(order)}
+    for group in sorted(groups.to_pylist(), key=lambda g: (place.get(g["drop_stage"], len(place)), -g["count_all"])):
+        mask = pc.and_(
+            pc.equal(table["drop_stage"], group["drop_stage"]), pc.equal(table["drop_reason"], group["drop_reason"])
+        )
         examples = rows.where(mask).by_id(EXAMPLES)
         found.append(
             {
@@ -285,41 +219,51 @@ def _text_example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def decided_by(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The values behind a drop: the columns that belong to its stage or reason, else all that stages wrote."""
-    reason = f"{row.get('drop_stage') or ''} {row.get('drop_reason') or ''}".lower()
-    if not reason.strip():
+    """The values behind a drop: the columns that share a word with its reason, or else with its stage."""
+    reason, stage = str(row.get("drop_reason") or "").lower(), str(row.get("drop_stage") or "").lower()
+    if not reason:
         return ()
     values = []
     if any(word in reason for word in ("size", "small", "aspect", "large", "side")) and row.get("width"):
         values.append(("size", f"{row['width']} × {row['height']}"))
-        values.append(("aspect", number(max(row["width"], row["height"]) / max(1, min(row["width"], row["height"])))))
-    named = [n for n in row if n not in HIDDEN and row[n] is not None and n not in ("width", "height", "format")]
-    related = [n for n in named if _related(n, reason)]
+        values.append(("aspect", brief(max(row["width"], row["height"]) / max(1, min(row["width"], row["height"])))))
+    named = [
+        n for n in row if n not in HIDDEN and row[n] is not None and n not in ("width", "height", "format", "aspect")
+    ]
+    related = [n for n in named if _related(n, reason)] or [n for n in named if _related(n, stage)]
+    if "duplicate" in reason:
+        related = [n for n in named if "distance" in n or "similarity" in n or "hamming" in n]
     values += [(words(n), _value(row[n])) for n in related]
     return tuple(values[:4])
 
 
-def _related(column: str, reason: str) -> bool:
-    stems = {part[:5] for part in reason.replace("_", " ").split() if len(part) > 3}
-    return any(part[:5] in stems for part in column.lower().split("_") if len(part) > 3)
+def _related(column: str, name: str) -> bool:
+    """Whether a column and a reason share a word by its first four letters: text_chars and too_few_characters."""
+    stems = {part[:4] for part in name.split("_")} - {"text", "imag", "too", "few", "many"}
+    return any(part[:4] in stems for part in column.lower().split("_"))
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number(value) if isinstance(value, (int, float)) else clean(value, 40)
+    return brief(value) if isinstance(value, (int, float)) else clean(value, 40)
 
 
 def _picture(pictures: Thumbnails, roots: list[str], row: dict[str, Any], values: Any = ()) -> Picture:
     caption = clean(text_of(row), 120)
     return pictures.of_sample(
-        roots, row, alt=caption or f"sample {row.get('key')}", caption=caption, key=clean(row.get("key"), 60), values=values
+        roots,
+        row,
+        alt=caption or f"sample {row.get('key')}",
+        caption=caption,
+        key=clean(row.get("key"), 60),
+        values=values,
     )
 
 
 def clusters(kept: Rows, roots: list[str], pictures: Thumbnails) -> list[dict[str, Any]]:
     """A row of examples for each of the largest and smallest clusters of what was kept."""
-    name = _first(kept, CLUSTER)
+    name = first_column(kept, CLUSTER)
     if name is None:
         return []
     known = kept.where(pc.is_valid(kept.table[name]))
@@ -341,7 +285,3 @@ def clusters(kept: Rows, roots: list[str], pictures: Thumbnails) -> list[dict[st
             }
         )
     return found
-
-
-def _first(rows: Rows, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if rows.has(name)), None)

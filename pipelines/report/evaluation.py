@@ -53,55 +53,74 @@ def metric_row(metric: dict[str, Any]) -> dict[str, Any]:
     higher = metric.get("higher_is_better", True)
     times = ""
     if isinstance(value, (int, float)) and isinstance(chance, (int, float)) and value > 0 and chance > 0:
-        ratio = value / chance if higher else chance / value
-        times = f"{number(ratio, 2)}×"
-    name = str(metric.get("metric", ""))
+        times = f"{number(value / chance if higher else chance / value, 2)}×"
+    share = value if isinstance(value, (int, float)) and 0 <= value <= 1 and higher else None
+    error = metric.get("stderr")
     return {
-        "name": clean(name, 90),
+        "name": clean(metric.get("metric", ""), 90),
         "value": number(value),
+        "error": f"± {number(error, 2)}" if isinstance(error, (int, float)) else "",
         "chance": number(chance) if chance is not None else "-",
         "times": times,
         "better": "higher" if higher else "lower",
-        "share": 100 * value if isinstance(value, (int, float)) and 0 <= value <= 1 and higher else None,
-        "chance_share": 100 * chance if isinstance(chance, (int, float)) and 0 <= chance <= 1 else None,
+        "among": count(metric.get("candidates")) if metric.get("candidates") else "",
+        "share": 100 * share if share is not None else None,
+        "chance_share": 100 * chance if share is not None and isinstance(chance, (int, float)) else None,
     }
 
 
 def _examples(run: Run, found: dict[str, Any], path: str | None, pictures: Thumbnails) -> list[dict[str, Any]]:
-    examples = [e for e in found.get("examples") or [] if isinstance(e, dict)][:QUERIES]
+    """Examples of each direction in turn, at most `QUERIES` of each, with pictures where the answers are images."""
+    given = [e for e in found.get("examples") or [] if isinstance(e, dict)]
+    examples: list[dict[str, Any]] = []
+    for direction in dict.fromkeys(str(e.get("direction") or "") for e in given):
+        examples += [e for e in given if str(e.get("direction") or "") == direction][:QUERIES]
     if not examples:
         return []
     wanted = {str(i) for e in examples for i in [*(e.get("top") or [])[:TOP], e.get("query_id")] if i}
-    corpus, rows = None, {}
+    root, rows = "", {}
     try:
-        corpus = open_corpus(str(path)) if path else None
-        rows = rows_by_id(corpus, wanted) if corpus is not None else {}
+        if path:
+            corpus = open_corpus(path)
+            root, rows = corpus.root, rows_by_id(corpus, wanted)
     except DataError as error:
         run.note(f"The retrieval examples have no pictures: {error}")
-    shown = []
-    for example in examples:
-        right = str(example.get("query_id"))
-        answers = []
-        for place, each in enumerate((example.get("top") or [])[:TOP], start=1):
-            row = rows.get(str(each), {})
-            text = clean(row.get("text") or row.get("positive") or "", 100)
-            hit = str(each) == right
-            note = {"caption": text, "key": clean(row.get("key") or str(each), 60), "mark": "right" if hit else ""}
-            if row.get("offset") is not None:
-                alt = f"answer {place}: {text}"
-                answers.append(pictures.of_sample([corpus.root if corpus else ""], row, alt=alt, **note))
-            else:
-                answers.append(note)
-        shown.append(
-            {
-                "query": clean(example.get("query") or rows.get(right, {}).get("anchor", "")),
-                "rank": count(example.get("rank")),
-                "direction": words(example.get("direction") or ""),
-                "answers": answers,
-                "with_images": any(rows.get(str(i), {}).get("offset") is not None for i in example.get("top") or []),
-            }
-        )
-    return shown
+    return [_example(example, root, rows, pictures) for example in examples]
+
+
+def _example(
+    example: dict[str, Any], root: str, rows: dict[str, dict[str, Any]], pictures: Thumbnails
+) -> dict[str, Any]:
+    direction = str(example.get("direction") or "text_to_image")
+    right = str(example.get("query_id"))
+    top = [str(each) for each in (example.get("top") or [])[:TOP]]
+    texts, hits, scores = (example.get(f"top_{name}") or [] for name in ("texts", "correct", "scores"))
+    to_images = direction.endswith("_to_image")
+    answers: list[Any] = []
+    for place, each in enumerate(top):
+        row = rows.get(each, {})
+        text = texts[place] if place < len(texts) else row.get("text") or row.get("positive") or ""
+        hit = bool(hits[place]) if place < len(hits) else each == right
+        caption = clean(text, 100)
+        score = (("score", number(scores[place])),) if place < len(scores) else ()
+        note = {"caption": caption, "key": clean(row.get("key") or each, 60), "mark": "right" if hit else ""}
+        if to_images:
+            alt = f"answer {place + 1}: {caption}"
+            answers.append(pictures.of_sample([root], row, alt=alt, values=score, **note))
+        else:
+            answers.append(note | {"values": score})
+    query = clean(example.get("query") or rows.get(right, {}).get("anchor", ""))
+    picture = None
+    if direction.startswith("image_to_"):
+        picture = pictures.of_sample([root], rows.get(right, {}), alt=f"query: {query}")
+    return {
+        "query": query,
+        "picture": picture,
+        "rank": count(example.get("rank")),
+        "direction": words(direction),
+        "answers": answers,
+        "with_images": to_images,
+    }
 
 
 def rows_by_id(corpus: Corpus, ids: set[str]) -> dict[str, dict[str, Any]]:

@@ -104,16 +104,23 @@ def thumbnail(data: bytes) -> tuple[str, int, int]:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError("the picture has too many pixels")
                 image.draft("RGB", (SIDE * 2, SIDE * 2))
-                image.thumbnail((SIDE, SIDE))
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    clear = image.convert("RGBA")
-                    small = Image.new("RGB", clear.size, "white")
-                    small.paste(clear, mask=clear.getchannel("A"))
-                else:
-                    small = image.convert("RGB")
+                small = _on_white(image)
+                small.thumbnail((SIDE, SIDE))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError("the picture cannot be decoded") from error
     out = io.BytesIO()
     small.save(out, "WEBP", quality=QUALITY, method=4)
     uri = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
     return uri, small.width, small.height
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Any kind of image as RGB."""
+    if image.mode.startswith("I"):  # 16 or 32 bits of grey, of which 8 are shown
+        return image.point(lambda level: level / 256).convert("RGB")
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    clear = image.convert("RGBA")
+    white = Image.new("RGB", clear.size, "white")
+    white.paste(clear, mask=clear.getchannel("A"))
+    return white

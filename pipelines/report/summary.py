@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Metrics that belong at the head: retrieval at 1 and 5, zero-shot accuracy, and for text pairs MRR and nDCG.
-HEADLINE = re.compile(r"R@[15]$|recall@[15]$|zero.?shot.*(accuracy|top.?1)|MRR|nDCG@10", re.IGNORECASE)
+HEADLINE = re.compile(r"R@[15]$|zero.?shot.*(accuracy|top-1)$|MRR|nDCG@10", re.IGNORECASE)
 TITLES = {"ingest": "Ingest", "curate": "Curation", "train": "Training", "eval": "Evaluation", "sweep": "Sweep",
           "embed": "Embedding"}  # fmt: skip
 
@@ -117,7 +117,11 @@ def _train(run: Run) -> list[Line]:
         metrics = run.json_lines("metrics.jsonl")
         return _count("steps so far", metrics[-1].get("step")) if metrics else []
     lines = _count("steps", summary.get("steps")) + _count("samples seen", summary.get("samples"))
-    for name, field in (("samples/s", "samples_per_second"), ("loss at first", "loss_first"), ("loss at last", "loss_last")):
+    for name, field in (
+        ("samples/s", "samples_per_second"),
+        ("loss at first", "loss_first"),
+        ("loss at last", "loss_last"),
+    ):
         if isinstance(summary.get(field), (int, float)):
             lines.append((name, number(summary[field]), float(summary[field]), ""))
     return lines
@@ -130,10 +134,14 @@ def _eval(run: Run) -> list[Line]:
         for metric in found.get("metrics") or []:
             name, value, chance = str(metric.get("metric")), metric.get("value"), metric.get("chance")
             if HEADLINE.search(name) and isinstance(value, (int, float)):
-                label = words(name.removeprefix("retrieval/")).replace("/", " ")
                 prefix = f"{corpus}: " if len(corpora) > 1 else ""
-                lines.append((prefix + label, percent(value), float(value), percent(chance, 2)))
+                lines.append((prefix + metric_words(name), percent(value), float(value), percent(chance, 2)))
     return lines
+
+
+def metric_words(name: str) -> str:
+    """A metric's name as words: `retrieval/text_to_image/R@1` is `text to image R@1`."""
+    return words(name.split("retrieval/", 1)[-1]).replace("/", " ")
 
 
 def _sweep(run: Run) -> list[Line]:
@@ -143,6 +151,6 @@ def _sweep(run: Run) -> list[Line]:
     if best is not None:
         settings, value = best
         chance = percent(result["chance"], 2) if isinstance(result.get("chance"), (int, float)) else ""
-        lines.append((f"best {result.get('metric')}", value, float(result["best"]["value"]), chance))
+        lines.append((f"best {metric_words(str(result.get('metric')))}", value, float(result["best"]["value"]), chance))
         lines.append(("best trial", settings, None, ""))
     return lines

@@ -49,7 +49,7 @@ def _rank(value: Any, mode: str) -> float:
 
 
 def _setting(value: Any) -> str:
-    return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else clean(value, 40)
+    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else clean(value, 40)
 
 
 def heat_map(trials: list[dict[str, Any]], axes: list[str], mode: str, metric: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from cl import storage
 from pipelines.report import charts
 from pipelines.report.runs import Run
-from pipelines.report.wording import count, duration, number, words
+from pipelines.report.wording import brief, count, duration, number, words
 
 # Field of metrics.jsonl, title, whether the axis begins at 0. Other numeric fields are drawn after these.
 CURVES = (
@@ -41,8 +41,8 @@ def _facts(run: Run, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> 
         ("steps", count(summary.get("steps", last.get("step")))),
         ("samples seen", count(summary.get("samples", last.get("samples")))),
         ("samples/s", number(summary.get("samples_per_second", last.get("samples_per_second")))),
-        ("loss, first to last", f"{number(summary.get('loss_first', first.get('loss')), 4)} to "
-                                f"{number(summary.get('loss_last', last.get('loss')), 4)}"),
+        ("loss, first to last", f"{brief(summary.get('loss_first', first.get('loss')), 4)} to "
+                                f"{brief(summary.get('loss_last', last.get('loss')), 4)}"),
         ("time", duration(summary.get("seconds", last.get("seconds")))),
         ("workers", count(summary.get("workers"))),
         ("global batch", count(config.get("batch_size"))),
@@ -50,14 +50,6 @@ def _facts(run: Run, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> 
     if summary.get("checkpoint"):
         facts.append(("checkpoint", str(summary["checkpoint"])))
     return [(name, value) for name, value in facts if value not in ("-", "- to -")]
-
-
-def chance_loss(config: dict[str, Any]) -> float | None:
-    """The loss of a model that knows nothing, log(batch), for InfoNCE with all negatives of the batch."""
-    objective = config.get("objective") or {}
-    name = objective.get("name") if isinstance(objective, dict) else objective
-    batch = config.get("batch_size")
-    return math.log(batch) if name == "infonce" and isinstance(batch, int) and batch > 1 else None
 
 
 def _curves(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,7 +64,7 @@ def _curves(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
         y = [float(row[name]) for row in rows]
         bad = sum(not math.isfinite(v) for v in y)
         svg = charts.lines(f"{title} by step", [charts.Series(title, [float(r["step"]) for r in rows], y)], zero=zero)
-        note = f"{number(y[0])} at first, {number(y[-1])} at last" if len(y) > 1 else number(y[0])
+        note = f"{brief(y[0], 4)} at first, {brief(y[-1], 4)} at last" if len(y) > 1 else brief(y[0], 4)
         found.append({"title": title, "svg": svg, "note": note + (f"; {bad} values are not finite" if bad else "")})
     return found
 

@@ -42,8 +42,14 @@ def number(value: Any, digits: int = 3) -> str:
         return f"{mantissa}e{int(exponent)}"
     if size >= 10 ** (digits - 1):
         return f"{value:,.0f}"
-    decimals = digits - 1 - math.floor(math.log10(size))
-    return f"{value:,.{decimals}f}"
+    power = int(f"{size:.{digits - 1}e}".split("e")[1])  # after rounding: 99.96 has three digits before the point
+    return f"{value:,.{max(digits - 1 - power, 0)}f}"
+
+
+def brief(value: Any, digits: int = 3) -> str:
+    """`number` without the zeros that only keep columns in line: 0.05, not 0.0500."""
+    text = number(value, digits)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def percent(value: Any, digits: int = 1) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cl.batches.loader import check_views
@@ -26,7 +26,12 @@ logger = logging.getLogger(__name__)
 __all__ = ["TrainResult", "train"]
 
 
-def train(cfg: TrainConfig, resume: bool = False, callbacks: Sequence[Any] = ()) -> TrainResult:
+def train(
+    cfg: TrainConfig,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
     """Train a model and return the run's summary.
 
     `workers.count` Ray Train workers do it; with 0 this process does it alone, without Ray; and under torchrun, where
@@ -36,6 +41,8 @@ def train(cfg: TrainConfig, resume: bool = False, callbacks: Sequence[Any] = ())
         cfg: the run.
         resume: go on from the newest whole checkpoint of a run that stopped (or is to be longer).
         callbacks: `ray.train.UserCallback`s, such as Ray Tune's; only with Ray Train workers.
+        report: called after each checkpoint with {"step", "samples", "loss", "checkpoint"}; only without Ray Train
+            workers, which report to their callbacks.
 
     Raises:
         ClewError: one sentence on what to mend.
@@ -61,7 +68,7 @@ def train(cfg: TrainConfig, resume: bool = False, callbacks: Sequence[Any] = ())
         else:
             from cl.training.loop import train_worker
 
-            train_worker(cfg)
+            train_worker(cfg, report)
         result = read_result(cfg.out)
         if result is None:
             raise ClewError(f"The workers ended, but {cfg.out} has no summary.json: is it on storage they all share?")

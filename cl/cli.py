@@ -236,13 +236,7 @@ _config_command(
 @_json_option
 def report(dirs: tuple[str, ...], out: str, as_json: bool) -> None:
     """Make one HTML page of one or more run folders; it needs no network to open."""
-    _run(
-        "report",
-        None,
-        False,
-        as_json,
-        lambda: {"report": _load("pipelines.report.build:build_report")(list(dirs), out)},
-    )
+    _run("report", None, False, as_json, lambda: _load("pipelines.report.build:build_report")(list(dirs), out))
 
 
 @cli.command(

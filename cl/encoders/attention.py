@@ -1,8 +1,9 @@
 """Self-attention with the kernel that is fast where it runs.
 
-torch's scaled_dot_product_attention is the best choice nearly everywhere, but its bf16 backward on the CPU takes
-longer than two plain matrix products and a softmax: at the sizes of CLIP towers half of a training step. The rule,
-measured by tests/benchmarks/bench_attention.py, is in `use_explicit`; both kernels compute the same numbers.
+torch's scaled_dot_product_attention is the best choice nearly everywhere, but its bf16 kernel for the CPU is slower
+than its fp32 kernel: at the sizes of CLIP towers two to ten times, half of a training step and more. So on the CPU
+attention runs in fp32, cast back afterwards: faster than two bf16 matrix products and a softmax as well, with less
+rounding (tests/benchmarks/bench_attention.py compares all of them).
 
 open_clip's blocks hold `nn.MultiheadAttention`; `replace_attention` puts `SelfAttention` in its place, which takes
 over the very parameters under the same names, so checkpoints do not notice. Hugging Face models take the same kernel
@@ -11,52 +12,41 @@ through the attention interface of transformers.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EXPLICIT_TOKENS = 512  # above this the explicit kernel's [L, L] matrix costs more than it saves
+
+def in_float32(query: Tensor) -> bool:
+    """Whether attention on this tensor runs in fp32: half precision on the CPU."""
+    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
 
 
-def use_explicit(query: Tensor) -> bool:
-    """Whether the explicit kernel is the faster one: bf16 on the CPU, up to EXPLICIT_TOKENS tokens."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= EXPLICIT_TOKENS
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, dropout: float = 0.0
-) -> Tensor:
-    """Attention over heads.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v over heads.
 
     Args:
         query, key, value: [B, H, L, D].
         mask: None, bool (True: attend) or additive, broadcast to [B, H, L, L].
-        scale: of the logits; None is 1 / sqrt(D).
         dropout: probability of dropping an attention weight.
 
     Returns:
-        [B, H, L, D].
+        [B, H, L, D] in the dtype of `query`.
     """
-    if use_explicit(query):
-        return explicit_attention(query, key, value, mask, scale, dropout)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if not in_float32(query):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    mask = _float_mask(mask)
+    with torch.autocast(query.device.type, enabled=False):  # it would cast back to half precision
+        out = F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=mask, dropout_p=dropout
+        )
+    return out.to(query.dtype)
 
 
-def explicit_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, dropout: float = 0.0
-) -> Tensor:
-    """softmax(q k^T scale + mask) v as two matrix products; shapes as in `attend`."""
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = (query * scale) @ key.transpose(-1, -2)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill_(~mask, float("-inf"))
-        logits = logits + mask.to(logits.dtype)
-    weights = F.dropout(logits.softmax(dim=-1), dropout) if dropout else logits.softmax(dim=-1)
-    return weights.to(value.dtype) @ value
+def _float_mask(mask: Tensor | None) -> Tensor | None:
+    return mask.float() if mask is not None and mask.dtype != torch.bool else mask
 
 
 class SelfAttention(nn.Module):
@@ -116,16 +106,14 @@ def register_with_transformers() -> str:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        grouped = getattr(module, "num_key_value_groups", 1) > 1
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", False) if causal is None else causal
-        plain = options.get("position_bias") is None and options.get("cache") is None and not options.get("softcap")
-        if grouped or not plain or (attention_mask is None and causal) or not use_explicit(query):
+        if not in_float32(query):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        out = explicit_attention(
-            query, key, value, attention_mask, options.get("scaling"), options.get("dropout") or 0.0
-        )
-        return out.transpose(1, 2).contiguous(), None
+        dtype = query.dtype
+        with torch.autocast(query.device.type, enabled=False):
+            out, _ = sdpa_attention_forward(
+                module, query.float(), key.float(), value.float(), _float_mask(attention_mask), **options
+            )
+        return out.to(dtype), None
 
     AttentionInterface.register("clew", forward)
     AttentionMaskInterface.register("clew", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

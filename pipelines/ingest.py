@@ -22,9 +22,10 @@ from cl.corpus import Corpus, Fragment, Kind
 from cl.errors import DataError, user_error
 from cl.progress import progress
 from cl.run import write_run_info
-from pipelines.fragments import RECORDS, Task, check_columns, ingest_shard
 from pipelines.images import MAX_PIXELS
 from pipelines.inputs import Shard, find_shards
+from pipelines.ray_data import prepare_ray_data
+from pipelines.shards import RECORDS, Task, check_columns, ingest_shard
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "image-text": ("image", "text", "meta"),
@@ -148,11 +149,9 @@ def _run(tasks: list[Task], cpus: int | None) -> Iterator[dict[str, Any]]:
     from cluster.session import ray_session
 
     with ray_session(num_cpus=cpus) as session:
-        import ray
+        import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.max_errored_blocks = 0
+        prepare_ray_data()
         blocks = max(1, min(len(tasks), round(BLOCKS_PER_CPU * session.cpus)))
         items = [{"task": task.dump()} for task in tasks]
         try:

@@ -2,9 +2,9 @@
 
     shards = find_shards(["data/{00000..00127}.tar"], kind="auto", source=None)
 
-A shard gets a *source* and a *name*, and a sample's key in its source is `name/key-in-shard`: the same key in two shards
-is two samples. Unless the config gives a source, it is the file's name without its shard number (`emoji-00003.tar` ->
-`emoji`), or the folder's if nothing else is left (`laion/00003.tar` -> `laion`).
+A shard gets a *source* and a *name*, and a sample's key in its source is `name/key-in-shard`: the same key in two
+shards is two samples. Unless the config gives a source, it is the file's name without its shard number
+(`emoji-00003.tar` -> `emoji`), or the folder's if nothing else is left (`laion/00003.tar` -> `laion`).
 """
 
 from __future__ import annotations

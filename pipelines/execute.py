@@ -1,0 +1,214 @@
+"""Run a plan on Ray: passes over the fragments through Ray Data, reductions between them as tasks.
+
+What is there is not done again, so the same call resumes a killed run. Items that go through Ray are fragment numbers;
+data goes through the node files, which makes every task idempotent and lets Ray retry it at will.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from cl import storage
+from cl.errors import ClewError, DataError, user_error
+from cl.progress import progress
+from pipelines.plan import Plan, Step, pools, segments
+from pipelines.ray_data import prepare_ray_data
+from pipelines.run_steps import FragmentView, run_steps
+from pipelines.stages.base import Context, GlobalStage
+
+BLOCKS_A_CORE = 8  # of a pass: enough to even out the load, few enough for Ray Data's cost of some 20 ms a block
+
+# An extra action on each fragment at the end of a pass: the files it makes, by fragment, and how.
+Extra = tuple[Callable[[int], str], Callable[[int], None]]
+
+
+def execute(plan: Plan, extras: dict[int, list[Extra]], start: int = 0, stop: int | None = None) -> None:
+    """Do the segments from `start` to `stop`, and the reductions that follow them, as far as they are missing.
+
+    Args:
+        extras: number of a segment -> what else its pass does on each fragment, after its steps.
+    """
+    for number, steps in list(enumerate(segments(plan)))[start:stop]:
+        run_pass(plan, steps, extras.get(number, []))
+        if steps[-1].action == "partial" and number + 1 != stop:
+            reduce_node(plan, steps[-1].node)
+
+
+def pending(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> list[int]:
+    """Fragments of which a step's or an extra's file is missing."""
+    there = {}
+    for step in steps:
+        kind = "partial" if step.action == "partial" else "rows"
+        folder = plan.folder(step.node, kind)
+        storage.sweep_temporary(folder)
+        there[step] = set(storage.list_files(folder, ".parquet"))
+    missing = []
+    for number in range(len(plan.corpus.fragments)):
+        name = f"{number:05d}.parquet"
+        if any(name not in names for names in there.values()) or any(
+            not storage.exists(file(number)) for file, _ in extras
+        ):
+            missing.append(number)
+    return missing
+
+
+class _Tasks:
+    """Steps and extras on the fragments that arrive; one instance a worker, so that models are opened once."""
+
+    def __init__(self, plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> None:
+        self.plan, self.steps, self.extras = plan, steps, extras
+        self.opened: dict[int, Any] = {}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for number in batch["fragment"]:
+            run_steps(self.plan, self.steps, int(number), self.opened)
+            for file, make in self.extras:
+                if not storage.exists(file(int(number))):
+                    make(int(number))
+        return batch
+
+
+def run_pass(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra] = ()) -> None:
+    """One pass over the fragments; stages with a model run in actors, fed by the tasks before them as these finish."""
+    missing = pending(plan, steps, extras)
+    if not missing:
+        return
+    groups = pools(plan, steps) or [((0, 1.0, 0.0), [])]
+    if extras and groups[-1][0][0]:
+        groups.append(((0, 1.0, 0.0), []))
+    names = list(dict.fromkeys(plan.nodes[step.node].name for step in steps))
+    sizes = [fragment.samples for fragment in plan.corpus.fragments]
+    with progress(_title(names), total=sum(sizes[number] for number in missing), unit="samples") as bar, user_errors():
+        stream = fragments_through_ray(
+            missing,
+            [
+                (pool, _Tasks, (plan, group, extras if index == len(groups) - 1 else ()))
+                for index, (pool, group) in enumerate(groups)
+            ],
+        )
+        for number in stream:
+            bar.advance(sizes[number])
+
+
+def _title(names: Sequence[str]) -> str:
+    words = [name.replace("_", " ") for name in names]
+    text = ", ".join(words) if len(words) <= 3 else f"{words[0]}, {words[1]} ... {words[-1]}"
+    return (text or "collect").capitalize()
+
+
+def fragments_through_ray(
+    numbers: Sequence[int],
+    operators: Sequence[tuple[tuple[int, float, float], type, tuple[Any, ...]]],
+) -> Iterator[int]:
+    """Send numbers through a chain of callables over Ray Data and yield each when it has passed them all.
+
+    Args:
+        operators: ((actors, CPUs, GPUs), class, its arguments); with 0 actors it runs in tasks.
+    """
+    import ray
+    import ray.data
+
+    prepare_ray_data()
+    cores = max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    blocks = min(len(numbers), BLOCKS_A_CORE * cores)
+    data: ray.data.Dataset = ray.data.from_items(
+        [{"fragment": number} for number in numbers], override_num_blocks=blocks
+    )
+    for (actors, cpus, gpus), kind, arguments in operators:
+        if actors:
+            data = data.map_batches(
+                kind,
+                fn_constructor_args=arguments,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=actors),
+                num_cpus=cpus,
+                num_gpus=gpus or None,
+            )
+        else:
+            data = data.map_batches(_as_function(kind(*arguments)), batch_size=1, num_cpus=cpus)
+    for row in data.iter_rows():
+        yield int(row["fragment"])
+
+
+def _as_function(each: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Ray Data runs plain functions in tasks and would take a callable object for an actor's class."""
+
+    def call(batch: dict[str, Any]) -> dict[str, Any]:
+        return each(batch)
+
+    return call
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise the sentence meant for the user in place of what Ray wraps around it."""
+    try:
+        yield
+    except ClewError:
+        raise
+    except Exception as error:
+        cause = user_error(error)
+        if cause is None:
+            raise
+        raise cause from None
+
+
+class _NodeColumns:
+    """`Columns` of a reduction: the rows that the node's partials saw."""
+
+    def __init__(self, plan: Plan, node: int) -> None:
+        self.plan, self.node = plan, plan.nodes[node]
+
+    def read(self, fragment: int, column: str) -> pa.ChunkedArray:
+        view = FragmentView(self.plan, fragment)
+        source = self.plan.columns[column] if column not in self.node.sources else self.node.sources[column]
+        return view.column(column, source, view.alive(self.node.after))
+
+
+def _reduce(plan: Plan, number: int) -> None:
+    """Reduce a node's partials and write `reduced/`, `done.json` last."""
+    stage = plan.nodes[number].stage
+    assert isinstance(stage, GlobalStage)
+    start = time.perf_counter()
+    fragments = range(len(plan.corpus.fragments))
+    partials = [storage.read_table(plan.file(Step(number, "partial"), fragment)) for fragment in fragments]
+    result = stage.reduce(
+        [partial.replace_schema_metadata(None) for partial in partials],
+        Context(_NodeColumns(plan, number), plan.seed, len(fragments)),
+    )
+    folder = plan.folder(number, "reduced")
+    if isinstance(result, pa.Table):
+        storage.write_table(storage.join(folder, "all.parquet"), result)
+    else:
+        if len(result) != len(fragments):
+            raise DataError(
+                f"Stage {plan.nodes[number].name!r} reduced to {len(result)} tables for {len(fragments)} fragments."
+            )
+        for fragment, table in enumerate(result):
+            storage.write_table(storage.join(folder, f"{fragment:05d}.parquet"), table)
+    seconds = time.perf_counter() - start
+    done = {"shared": isinstance(result, pa.Table), "seconds": round(seconds, 6)}
+    storage.write_json(storage.join(folder, "done.json"), done)
+
+
+def reduce_node(plan: Plan, number: int) -> None:
+    """Reduce a global stage's partials in one task, unless that is done.
+
+    Raises:
+        ClewError: what the reduction raised for the user.
+    """
+    folder = plan.folder(number, "reduced")
+    if storage.exists(storage.join(folder, "done.json")):
+        return
+    import ray
+
+    storage.sweep_temporary(folder)
+    name = plan.nodes[number].name.replace("_", " ")
+    with progress(f"Reducing {name}", total=1, unit="steps") as bar, user_errors():
+        ray.get(ray.remote(num_cpus=1, max_retries=3)(_reduce).remote(plan, number))
+        bar.advance(1)

@@ -1,0 +1,345 @@
+"""Write a curated corpus: globally shuffled within lanes, in shards of a target size, byte for byte the same each time.
+
+A sample's lane is a keyed hash of its content modulo the number of lanes, so equal content shares a lane and never
+meets itself as a negative (`cl/batches/plan.py`). Within a lane the order is a keyed hash of the id. A lane is cut into
+chunks, which are the row groups of the light plane and, as contiguous members of a shard, what training reads at once.
+
+Three steps: a global node (`Placement`) decides where each sample goes, every input fragment is split by output shard
+(`scatter`), and every output shard is written by one task (`write_shard`): the tar first, its table last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from cl import storage
+from cl.config import Config
+from cl.corpus import LANE_FIELD, Fragment, Kind, content_hash, sample_schema
+from cl.errors import ConfigError, DataError
+from cl.progress import progress
+from pipelines.execute import fragments_through_ray, user_errors
+from pipelines.heavy import read_rows
+from pipelines.keyed import id_text, id_words, keyed_hash
+from pipelines.plan import Plan, Step
+from pipelines.run_steps import FragmentView
+from pipelines.stages.base import Context, GlobalStage, Output, Rows
+
+MIB = 1 << 20
+BLOCK = 512  # bytes: tar headers and padding
+OVERHEAD = 2048  # bytes of headers, padding and JSON that a sample adds to a shard, about
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif"}
+SHARDS = b"clew.shards"
+
+
+class WriteConfig(Config):
+    """How the curated corpus is laid out."""
+
+    lanes: int = Field(64, ge=1, le=65536, description="lanes; at least the largest number of workers that will train")
+    chunk_mib: float = Field(8.0, gt=0, description="MiB of one chunk (row group), the unit of reading; 8 to 16 suit")
+    shard_mib: float = Field(128.0, gt=0, description="MiB of one shard, about")
+    columns: tuple[str, ...] | None = Field(
+        None, description="columns of stages to carry into the corpus; None: all that hold plain numbers and text"
+    )
+
+
+PLACED = pa.schema([("out_shard", pa.int32()), ("chunk", pa.int32()), ("place", pa.int64()), ("out_lane", pa.int32())])
+PARTIAL = pa.schema(
+    [("lane", pa.int32()), ("order", pa.uint64()), ("id0", pa.uint64()), ("id1", pa.uint64()), ("bytes", pa.int64())]
+)
+
+
+class Placement(GlobalStage):
+    """The place of every kept sample: its lane, its chunk and shard, and its position in the whole corpus.
+
+    The reduction holds about 60 bytes a kept sample.
+    """
+
+    name: ClassVar[str] = "write"
+    seeded: ClassVar[bool] = True
+
+    settings: WriteConfig
+
+    def needs(self, kind: Kind) -> list[str]:
+        sizes = ["length", "text"] if kind == "image-text" else ["anchor", "positive"]
+        return ["content", "meta", *sizes]
+
+    def makes(self, kind: Kind) -> list[pa.Field]:
+        return list(PLACED)
+
+    def partial(self, rows: Rows) -> pa.Table:
+        ids, content = rows.table["id"].to_pylist(), rows.table["content"].to_pylist()
+        lanes = keyed_hash(rows.seed, content, "lane") % np.uint64(self.settings.lanes)
+        words = id_words(ids)
+        size = np.full(len(rows), OVERHEAD, np.int64)
+        for column in self.needs(rows.corpus.kind)[1:]:
+            if column == "length":
+                size += rows.table[column].to_numpy()
+            else:
+                size += np.array([len(text.encode()) for text in rows.texts(column)], np.int64)
+        columns = [lanes.astype(np.int32), keyed_hash(rows.seed, ids, "order"), words[:, 0], words[:, 1], size]
+        return pa.table([pa.array(values) for values in columns], schema=PARTIAL)
+
+    def reduce(self, partials: list[pa.Table], context: Context) -> list[pa.Table]:
+        table = pa.concat_tables(partials)
+        lane, key, id0, id1, size = (table[name].to_numpy() for name in PARTIAL.names)
+        order = np.lexsort((id1, id0, key, lane))
+        lane, id0, id1, size = lane[order], id0[order], id1[order], size[order]
+        twice = np.flatnonzero((lane[1:] == lane[:-1]) & (id0[1:] == id0[:-1]) & (id1[1:] == id1[:-1]))
+        if len(twice):
+            known = id_text(np.array([[id0[twice[0]], id1[twice[0]]]]))[0]
+            raise DataError(f"The corpus holds id {known} twice: ingest each shard once, or give sources other names.")
+        shard, chunk = layout(lane, size, self.settings.chunk_mib * MIB, self.settings.shard_mib * MIB)
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        placed = pa.table(
+            [shard[place].astype(np.int32), chunk[place].astype(np.int32), place, lane[place]], schema=PLACED
+        )
+        starts = np.cumsum([0, *(partial.num_rows for partial in partials)])
+        return [placed.slice(start, part.num_rows) for start, part in zip(starts, partials, strict=False)]
+
+    def apply(self, rows: Rows, reduced: pa.Table) -> Output:
+        return Output({name: reduced[name] for name in PLACED.names})
+
+
+def layout(lane: np.ndarray, size: np.ndarray, chunk_bytes: float, shard_bytes: float) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and chunk number of each sample in the final order (ascending lanes).
+
+    A lane is cut into the least number of chunks of about equal bytes; chunks go to shards in order, again of about
+    equal bytes. Sizes are exceeded by one sample, or one chunk, at most.
+    """
+    if not len(lane):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    before = np.cumsum(size) - size
+    first = np.flatnonzero(np.diff(lane, prepend=lane[0] - 1))  # where a lane starts
+    index = np.repeat(np.arange(len(first)), np.diff([*first, len(lane)]))
+    total = np.add.reduceat(size, first)
+    chunks = np.ceil(total / chunk_bytes)
+    within = np.floor((before - before[first][index]) * chunks[index] / total[index])
+    new = (np.diff(index, prepend=-1) != 0) | (np.diff(within, prepend=-1) != 0)
+    chunk = np.cumsum(new) - 1
+    shards = np.ceil(size.sum() / shard_bytes)
+    start = before[new][chunk]
+    raw = np.floor(start * shards / size.sum())
+    return np.unique(raw, return_inverse=True)[1], chunk
+
+
+def carried(plan: Plan, settings: WriteConfig) -> list[str]:
+    """The columns beyond the format's own that go into the curated corpus.
+
+    Raises:
+        ConfigError: a column that is asked for is not there, or holds vectors or bytes.
+    """
+    own = {*sample_schema(plan.corpus.kind).names, LANE_FIELD.name}
+    extra = {name: plan.base.field(name) for name in plan.base.names if name not in own}
+    for name, node in plan.columns.items():
+        if node is not None:
+            extra[name] = next(made for made in plan.made(node) if made.name == name)
+    if settings.columns is None:
+        return [
+            name
+            for name, made in extra.items()
+            if plain(made.type) and not (made.metadata and b"internal" in made.metadata)
+        ]
+    for name in settings.columns:
+        if name in own:
+            raise ConfigError(f"write.columns: {name!r} is in every corpus and need not be listed.")
+        if name not in extra:
+            raise ConfigError(f"write.columns: no stage writes {name!r}; there are {', '.join(extra) or 'none'}.")
+        if not plain(extra[name].type):
+            raise ConfigError(f"write.columns: {name!r} holds {extra[name].type}; only numbers and text are carried.")
+    return list(settings.columns)
+
+
+def plain(kind: pa.DataType) -> bool:
+    """Whether a column holds one number or text a row."""
+    simple = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return bool(simple or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def scatter_file(plan: Plan, number: int) -> str:
+    return storage.join(plan.folder(plan.nodes[-1].number, "scatter"), f"{number:05d}.parquet")
+
+
+def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
+    """Split a fragment's kept rows by output shard: one row group each, the shards' numbers in the file's metadata."""
+    node = plan.nodes[-1]
+    view = FragmentView(plan, number)
+    wanted = [*sample_schema(plan.corpus.kind).names, *columns]
+    view.preload([name for name in wanted if plan.columns[name] is None])
+    positions = view.alive(node.after)
+    table = pa.table({name: view.column(name, plan.columns[name], positions) for name in wanted})
+    for name in PLACED.names:
+        table = table.append_column(name, view.made(node.number, name))
+    order = np.argsort(table["place"].to_numpy(), kind="stable")
+    table = table.take(pa.array(order)).combine_chunks()
+    shards, starts = np.unique(table["out_shard"].to_numpy(), return_index=True)
+    table = table.replace_schema_metadata({SHARDS: orjson.dumps(shards.tolist())})
+    with (
+        storage.atomic_write(scatter_file(plan, number)) as file,
+        pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
+    ):
+        for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True):
+            writer.write_table(table.slice(start, end - start), row_group_size=max(end - start, 1))
+
+
+def _gather(plan: Plan, shard: int) -> pa.Table:
+    """The rows of one output shard, in their final order."""
+    parts = []
+    for number in range(len(plan.corpus.fragments)):
+        with storage.open_parquet(scatter_file(plan, number)) as file:
+            shards = orjson.loads(file.schema_arrow.metadata[SHARDS])
+            if shard in shards:
+                parts.append(file.read_row_group(shards.index(shard)))
+    return pa.concat_tables(parts).sort_by("place").replace_schema_metadata(None)
+
+
+def shard_samples(plan: Plan, shard: int) -> str:
+    return storage.join(plan.out, "samples", f"{shard:05d}.parquet")
+
+
+def write_shard(plan: Plan, shard: int, columns: Sequence[str]) -> None:
+    """Write one output shard: the tar (if there are images), then its table, which marks the shard as done.
+
+    Raises:
+        DataError: an image is not the one that was ingested; the disk is full.
+    """
+    rows = _gather(plan, shard)
+    kind = plan.corpus.kind
+    chunk, lane = rows["chunk"].to_numpy(), rows["out_lane"].to_numpy()
+    table = rows.select([*sample_schema(kind).names, *columns])
+    path = f"samples/{shard:05d}.parquet"
+    if kind == "image-text":
+        path = f"shards/{shard:05d}.tar"
+        images = _read_images(plan, table)
+        with storage.atomic_write(storage.join(plan.out, path)) as file:
+            offsets = _write_tar(file, table, images, columns)
+        table = table.set_column(table.schema.get_field_index("offset"), "offset", pa.array(offsets, pa.int64()))
+    column = table.schema.get_field_index("shard")
+    table = table.set_column(column, "shard", pa.array([path] * table.num_rows, pa.string()))
+    table = table.append_column(LANE_FIELD, pa.array(lane, pa.int32()))
+    fields = [
+        sample_schema(kind).field(each.name) if each.name in sample_schema(kind).names else each
+        for each in table.schema
+    ]
+    table = table.cast(pa.schema(fields)).combine_chunks()
+    starts = np.flatnonzero(np.diff(chunk, prepend=-1))
+    with (
+        storage.atomic_write(shard_samples(plan, shard)) as file,
+        pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
+    ):
+        for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True):
+            writer.write_table(table.slice(start, end - start), row_group_size=end - start)
+
+
+def _read_images(plan: Plan, table: pa.Table) -> list[bytes]:
+    """The encoded images of rows, read in the order in which they lie, returned in the order of the rows."""
+    located = pa.table({"shard": table["shard"], "offset": table["offset"], "row": np.arange(table.num_rows)})
+    order = located.sort_by([("shard", "ascending"), ("offset", "ascending")])["row"].to_numpy()
+    content, ids = table["content"].to_pylist(), table["id"].to_pylist()
+    images: list[bytes] = [b""] * table.num_rows
+    for row, data in zip(order.tolist(), read_rows(plan.corpus, table.take(pa.array(order))), strict=True):
+        if data is None or content_hash(data) != content[row]:
+            where = table["shard"][row].as_py()
+            raise DataError(f"Sample {ids[row]} in shard {where} has changed since it was ingested: ingest it again.")
+        images[row] = data
+    return images
+
+
+def _write_tar(file: Any, table: pa.Table, images: Sequence[bytes], columns: Sequence[str]) -> list[int]:
+    """Write a webdataset tar; returns the offset of each image's bytes. Members are named by the sample's id."""
+    offsets, position = [], 0
+    for row, data in zip(table.drop_columns(["offset", "shard"]).to_pylist(), images, strict=True):
+        members = [
+            (EXTENSIONS[row["format"]], data),
+            ("json", orjson.dumps(_sidecar(row, columns))),
+            ("txt", row["text"].encode()),
+        ]
+        offsets.append(position + BLOCK)
+        for suffix, content in members:
+            padding = -len(content) % BLOCK
+            file.write(tar_header(f"{row['id']}.{suffix}", len(content)))
+            file.write(content)
+            file.write(bytes(padding))
+            position += BLOCK + len(content) + padding
+    file.write(bytes(2 * BLOCK))
+    return offsets
+
+
+def _sidecar(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """What stands in a sample's JSON member."""
+    meta = row["meta"]
+    if meta is not None:
+        with contextlib.suppress(orjson.JSONDecodeError):  # not JSON: kept as the text it is
+            meta = orjson.loads(meta)
+    names = ["id", "source", "key", "content", "width", "height", *columns]
+    return {name: row[name] for name in names} | {"meta": meta}
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The ustar header of a regular file: mode 0644, owner and time 0, so that equal content is equal bytes."""
+    fields = [
+        name.encode().ljust(100, b"\0"),
+        b"0000644\0" + b"0000000\0" * 2,
+        f"{size:011o}\0".encode(),
+        b"00000000000\0",  # time
+        b" " * 8,  # checksum, as the sum is taken
+        b"0",
+        bytes(100),
+        b"ustar\00000",
+        bytes(64),
+        b"0000000\0" * 2,
+        bytes(167),
+    ]
+    header = b"".join(fields)
+    return header[:148] + f"{sum(header):06o}\0 ".encode() + header[156:]
+
+
+def describe_shard(plan: Plan, shard: int) -> Fragment:
+    """The manifest entry of a written shard, from its table."""
+    with storage.open_parquet(shard_samples(plan, shard)) as file:
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        lane = file.read(columns=["lane"])["lane"].to_numpy()
+    starts = np.cumsum([0, *groups[:-1]])
+    path = f"samples/{shard:05d}.parquet"
+    owner = f"shards/{shard:05d}.tar" if plan.corpus.kind == "image-text" else path
+    return Fragment(
+        path=path, samples=sum(groups), shard=owner, row_groups=groups, lanes=[int(value) for value in lane[starts]]
+    )
+
+
+class _WriteShards:
+    """Writes the output shards whose numbers arrive, unless they are there."""
+
+    def __init__(self, plan: Plan, columns: Sequence[str]) -> None:
+        self.plan, self.columns = plan, columns
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for number in batch["fragment"]:
+            if not storage.exists(shard_samples(self.plan, int(number))):
+                write_shard(self.plan, int(number), self.columns)
+        return batch
+
+
+def write_shards(plan: Plan, columns: Sequence[str]) -> list[Fragment]:
+    """Write every output shard that is missing, one task each, and describe all of them."""
+    fragments = range(len(plan.corpus.fragments))
+    step = Step(plan.nodes[-1].number, "apply")
+    count = 0
+    for number in fragments:
+        placed = storage.read_table(plan.file(step, number), ["out_shard"])["out_shard"]
+        count = max(count, (pc.max(placed).as_py() or 0) + 1) if len(placed) else count
+    missing = [number for number in range(count) if not storage.exists(shard_samples(plan, number))]
+    if missing:
+        with progress("Writing shards", total=len(missing), unit="shards") as bar, user_errors():
+            for _ in fragments_through_ray(missing, [((0, 1.0, 0.0), _WriteShards, (plan, columns))]):
+                bar.advance(1)
+    return [describe_shard(plan, number) for number in range(count)]

@@ -16,6 +16,7 @@ setup: $(READY) ## create .venv with everything in it
 
 # uv where it is present, else venv and pip of the first Python from 3.11 to 3.13.
 $(READY): pyproject.toml configs/constraints.txt
+	@echo 'Installing Clew and its pinned dependencies into $(VENV): once, some minutes and about 6 GB.'
 	@if command -v uv >/dev/null 2>&1; then \
 	    [ -x $(BIN)/python ] || uv venv --quiet --python '>=3.11,<3.14' $(VENV); \
 	    uv pip install --python $(BIN)/python -c configs/constraints.txt -e '.[test]'; \
@@ -30,8 +31,8 @@ $(READY): pyproject.toml configs/constraints.txt
 	        [ -n "$$python" ] || { echo 'Clew needs Python 3.11, 3.12 or 3.13 on PATH.' >&2; exit 1; }; \
 	        "$$python" -m venv $(VENV); \
 	    fi; \
-	    $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet \
-	        -c configs/constraints.txt -e '.[test]'; \
+	    quiet=; [ -t 1 ] || quiet=-qq; \
+	    $(BIN)/python -m pip install --disable-pip-version-check $$quiet -c configs/constraints.txt -e '.[test]'; \
 	fi
 	@touch $@
 

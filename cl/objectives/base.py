@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from cl.config import Config, parse_config
 from cl.engine.collectives import Workers
+from cl.engine.outcome import Outcome
 from cl.pairs import Pairs
 from cl.registry import Registry
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an objective makes of a batch.
-
-    Attributes:
-        loss: 0-d; the value is the loss of the global batch and the same on every worker. `backward` deposits
-            gradients that are exact after the wrapper averages them (see `cl.engine.collectives`).
-        metrics: name -> detached 0-d tensor of the global batch, for the log.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from torch import Tensor
+
 LARGEST = 4
 
 
@@ -25,7 +27,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=LARGEST)
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, LARGEST + 1)}
+    groups: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in range(1, LARGEST + 1)}
     while (task := pipe.recv()) is not None:
         function, size, arguments = task
         try:
@@ -68,3 +70,10 @@ class Pool:
         for process in self.processes:
             process.join(20)
             process.kill()
+
+
+def gradient(leaf: Any) -> Tensor:
+    """The gradient that a backward pass left on a leaf or parameter."""
+    assert isinstance(leaf, Tensor)
+    assert leaf.grad is not None
+    return leaf.grad

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from cl.engine.collectives import Workers
 from cl.objectives import ObjectiveConfig, build_objective
 from cl.pairs import Pairs
-from tests.distributed.pool import Pool
+from tests.distributed.pool import Pool, gradient
 
 DIMENSIONS = 6
 SCALE = 14.0
@@ -75,8 +75,8 @@ def reference(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         share = {"both": 0.5, "forward": 1.0, "backward": 0.0}[case.direction]
         terms = share * forward + (1 - share) * backward
         loss = (weight[valid] * terms).sum() / weight.sum() + nothing
-    gradients = torch.autograd.grad(loss, (first, second, log_scale))
-    return loss.detach(), *gradients
+    d_first, d_second, d_scale = torch.autograd.grad(loss, (first, second, log_scale))
+    return loss.detach(), d_first, d_second, d_scale
 
 
 def on_worker(workers: Workers, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,8 +99,8 @@ def on_worker(workers: Workers, case: Case) -> tuple[Tensor, Tensor, Tensor, Ten
     objective = build_objective(config).to(torch.float64 if case.dtype == torch.float64 else torch.float32)
     outcome = objective(Pairs({"image": first, "text": second}, content=content, weight=weight), workers)
     outcome.loss.backward()
-    parameter = objective.temperature.log_scale.grad
-    return outcome.loss.detach(), first.grad, second.grad, parameter
+    scale = next(objective.parameters())
+    return outcome.loss.detach(), gradient(first), gradient(second), gradient(scale)
 
 
 def error(value: Tensor, expected: Tensor) -> float:
@@ -166,7 +166,7 @@ def _all_masked(workers: Workers) -> tuple[Tensor, ...]:
     objective = build_objective(ObjectiveConfig())
     outcome = objective(Pairs({"image": first, "text": second}, weight=torch.zeros(3)), workers)
     outcome.loss.backward()
-    return outcome.loss.detach(), first.grad, second.grad, objective.temperature.log_scale.grad
+    return outcome.loss.detach(), gradient(first), gradient(second), gradient(next(objective.parameters()))
 
 
 def test_local_negatives_are_a_weighted_mean_of_groups(pool: Pool) -> None:

@@ -33,7 +33,7 @@ from cl.engine.rule import (
 )
 from cl.engine.sweep import Exchange, Tiling
 from cl.engine.tiles import evaluate, sides_of
-from tests.distributed.pool import Pool
+from tests.distributed.pool import Pool, gradient
 
 
 class _Scaled(Rule):
@@ -264,7 +264,7 @@ def on_worker(workers: Workers, case: Case) -> tuple[Tensor, Tensor, Tensor, lis
     sides = sides_of({"a": a, "b": b}, layout, weight, content=content)
     loss, _ = evaluate(rule, sides, workers, case.exchange, case.tiling)
     loss.backward()
-    return loss.detach(), a.grad, b.grad, [parameter.grad for parameter in rule.parameters()]
+    return loss.detach(), gradient(a), gradient(b), [gradient(parameter) for parameter in rule.parameters()]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -288,8 +288,8 @@ def test_rule_equals_dense_formula(
         assert_close(answer[0], loss.detach())
     assert_close(torch.cat([answer[1] for answer in answers]) / size, expected[0])
     assert_close(torch.cat([answer[2] for answer in answers]) / size, expected[1])
-    for number, gradient in enumerate(expected[2:]):
-        assert_close(torch.stack([answer[3][number] for answer in answers]).mean(0), gradient)
+    for number, slope in enumerate(expected[2:]):
+        assert_close(torch.stack([answer[3][number] for answer in answers]).mean(0), slope)
 
 
 def assert_close(value: Tensor, expected: Tensor) -> None:

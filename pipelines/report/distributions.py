@@ -34,6 +34,9 @@ def distributions(rows: Rows, kept: Rows | None) -> list[dict[str, Any]]:
         if before is None or not np.isfinite(before).any():
             continue
         after = values_of(kept) if kept is not None else None
+        if np.nanmin(before) == np.nanmax(before):
+            found.append({"title": title, "svg": "", "note": f"{brief(float(np.nanmin(before)))} for every sample"})
+            continue
         edges = _edges(before[np.isfinite(before)])
         counted = bool((before[np.isfinite(before)] % 1 == 0).all()) and edges[1] - edges[0] == 1
         names = [f"{edge:g}" for edge in edges[:-1]] if counted else None  # a bin of one whole number is named by it
@@ -67,8 +70,7 @@ def _edges(values: np.ndarray) -> np.ndarray:
     """24 or fewer round bins up to the 99.5th percentile; what lies beyond is counted in the last."""
     low, high = float(values.min()), float(np.quantile(values, 0.995))
     whole = bool((values == np.round(values)).all())
-    if high <= low:
-        return np.array([low, low + 1]) if whole else np.array([low - 0.01, low + 0.01])
+    high = high if high > low else float(values.max())
     step = charts.ticks(low, high, 20)
     size = max(step[1] - step[0], 1.0) if whole else step[1] - step[0]
     start = np.floor(low / size) * size

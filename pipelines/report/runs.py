@@ -25,6 +25,7 @@ MARKS: tuple[tuple[RunKind, tuple[str, ...]], ...] = (
     ("ingest", ("corpus.json", "samples", "quarantine")),
 )
 MAX_DEPTH = 4  # folders below the one that was given
+MAX_NAME_PARTS = 3  # folders in a run's name
 MAX_METRIC_BYTES = 64 << 20  # of a metrics.jsonl; only the end of a longer one is read
 
 
@@ -171,13 +172,18 @@ def _open(kind: RunKind, path: str, name: str) -> Run:
 
 
 def _names(paths: list[str]) -> dict[str, str]:
-    """The shortest tail of each path that tells it from the others."""
-    names: dict[str, str] = {}
-    for path in paths:
-        parts = [part for part in path.split("/") if part] or [path]
-        for length in range(1, len(parts) + 1):
-            tail = parts[-length:]
-            if not any(other != path and [p for p in other.split("/") if p][-length:] == tail for other in paths):
+    """What tells each path from the others: its part below their common folder, or its own name if it is alone.
+
+    Paths from far apart get the shortest tails that are all different.
+    """
+    parts = {path: [part for part in path.split("/") if part] or [path] for path in paths}
+    shared = 0
+    while len({tuple(each[: shared + 1]) for each in parts.values()}) == 1 and shared < max(map(len, parts.values())):
+        shared += 1
+    names = {path: each[min(shared, len(each) - 1) :] for path, each in parts.items()}
+    if max(map(len, names.values())) > MAX_NAME_PARTS:
+        for length in range(1, max(map(len, parts.values())) + 1):
+            names = {path: each[-length:] for path, each in parts.items()}
+            if len({tuple(name) for name in names.values()}) == len(paths):
                 break
-        names[path] = "/".join(tail)
-    return names
+    return {path: "/".join(name) for path, name in names.items()}

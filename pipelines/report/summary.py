@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from cl import storage
 from pipelines.report.corpora import quarantine
@@ -23,7 +22,8 @@ TITLES = {"ingest": "Ingest", "curate": "Curation", "train": "Training", "eval":
           "embed": "Embedding"}  # fmt: skip
 
 
-class SummaryRow(BaseModel):
+@dataclass(frozen=True)
+class SummaryRow:
     """One line: what it belongs to, what it is, its value as text and as a number, and the level of chance."""
 
     group: str
@@ -31,13 +31,15 @@ class SummaryRow(BaseModel):
     value: str
     number: float | None = None
     chance: str = ""
+    parts: dict[str, int] = field(default_factory=dict)  # of which: reason -> count, the most frequent first
 
 
-class Summary(BaseModel):
+@dataclass(frozen=True)
+class Summary:
     """What a set of runs came to."""
 
-    rows: list[SummaryRow] = []
-    problems: list[str] = []  # sentences: what is missing or unfinished, with the run's name
+    rows: list[SummaryRow]
+    problems: list[str]  # sentences: what is missing or unfinished, with the run's name
 
     def groups(self) -> list[tuple[str, list[SummaryRow]]]:
         """The rows by group, in order."""
@@ -51,13 +53,18 @@ class Summary(BaseModel):
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left")
-        for name, side in (("", "left"), ("", "left"), ("value", "right"), ("chance", "right")):
-            table.add_column(name, justify=side)  # type: ignore[arg-type]
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("run")
+        table.add_column("figure", ratio=1)
+        table.add_column("value", justify="right", no_wrap=True)
+        table.add_column("chance", justify="right", no_wrap=True)
         for group, rows in self.groups():
             for k, row in enumerate(rows):
-                cells = (group if k == 0 else "", row.name, row.value, row.chance)
-                table.add_row(*(Text(cell) for cell in cells), end_section=k == len(rows) - 1)
+                parts = "".join(f"\n  {count(n)} {reason}" for reason, n in row.parts.items())
+                said = row.number is None  # words need more room than numbers
+                cells = (group if k == 0 else "", f"{row.name}: {row.value}" if said else row.name + parts)
+                figures = ("", "") if said else (row.value, row.chance)
+                table.add_row(*(Text(cell) for cell in (*cells, *figures)), end_section=k == len(rows) - 1)
         return table
 
 
@@ -77,36 +84,39 @@ def summarise_runs(runs: list[Run]) -> Summary:
     for run in runs:
         reader = readers.get(run.kind)
         group = f"{TITLES[run.kind]} · {run.name}"
-        for name, value, figure, chance in reader(run) if reader else ():
-            rows.append(SummaryRow(group=group, name=name, value=value, number=figure, chance=chance))
+        rows += [SummaryRow(group=group, **line) for line in (reader(run) if reader else ())]
     return Summary(rows=rows, problems=[f"{run.name}: {problem}" for run in runs for problem in run.problems])
 
 
-Line = tuple[str, str, float | None, str]
+Line = dict[str, Any]  # the fields of a SummaryRow without its group
 
 
-def _count(name: str, value: Any) -> list[Line]:
-    return [(name, count(value), float(value), "")] if isinstance(value, (int, float)) else []
+def _count(name: str, value: Any, parts: dict[str, int] | None = None) -> list[Line]:
+    if not isinstance(value, (int, float)):
+        return []
+    ordered = sorted((parts or {}).items(), key=lambda item: (-item[1], item[0]))
+    return [
+        {"name": name, "value": count(value), "number": float(value), "parts": {words(k): v for k, v in ordered if v}}
+    ]
 
 
 def _ingest(run: Run) -> list[Line]:
     manifest = run.json("corpus.json")
-    lines = _count("samples", manifest.get("samples")) + _count("quarantined", manifest.get("quarantined"))
+    reasons: dict[str, int] = {}
     for (_, reason), n in quarantine(run)["reasons"]:
-        lines += _count(f"quarantined: {words(reason)}", n)
-    return lines
+        reasons[reason] = reasons.get(reason, 0) + n
+    return _count("samples", manifest.get("samples")) + _count("quarantined", manifest.get("quarantined"), reasons)
 
 
 def _curate(run: Run) -> list[Line]:
     funnel = run.json("funnel.json")
-    lines = _count("samples in", funnel.get("in"))
     reasons: dict[str, int] = {}
     for stage in funnel.get("stages") or []:
         for reason, n in (stage.get("dropped") or {}).items():
             reasons[reason] = reasons.get(reason, 0) + int(n)
-    for reason, n in sorted(reasons.items(), key=lambda item: -item[1]):
-        if n:
-            lines += _count(f"dropped: {words(reason)}", n)
+    lines = _count("samples in", funnel.get("in"))
+    if funnel:
+        lines += _count("dropped", sum(reasons.values()), reasons)
     return lines + _count("quarantined", funnel.get("quarantined")) + _count("kept", funnel.get("kept"))
 
 
@@ -116,14 +126,14 @@ def _train(run: Run) -> list[Line]:
         run.note("Training has not ended: it has no summary.json yet.")
         metrics = run.json_lines("metrics.jsonl")
         return _count("steps so far", metrics[-1].get("step")) if metrics else []
-    lines = _count("steps", summary.get("steps")) + _count("samples seen", summary.get("samples"))
-    for name, field in (
+    lines = _count("steps", summary.get("steps"))
+    for name, key in (
         ("samples/s", "samples_per_second"),
-        ("loss at first", "loss_first"),
-        ("loss at last", "loss_last"),
+        ("loss, first", "loss_first"),
+        ("loss, last", "loss_last"),
     ):
-        if isinstance(summary.get(field), (int, float)):
-            lines.append((name, number(summary[field]), float(summary[field]), ""))
+        if isinstance(summary.get(key), (int, float)):
+            lines.append({"name": name, "value": number(summary[key]), "number": float(summary[key])})
     return lines
 
 
@@ -135,7 +145,8 @@ def _eval(run: Run) -> list[Line]:
             name, value, chance = str(metric.get("metric")), metric.get("value"), metric.get("chance")
             if HEADLINE.search(name) and isinstance(value, (int, float)):
                 prefix = f"{corpus}: " if len(corpora) > 1 else ""
-                lines.append((prefix + metric_words(name), percent(value), float(value), percent(chance, 2)))
+                shown = {"value": percent(value), "number": float(value), "chance": percent(chance, 2)}
+                lines.append({"name": prefix + metric_words(name), **shown})
     return lines
 
 
@@ -150,7 +161,8 @@ def _sweep(run: Run) -> list[Line]:
     best = best_trial(result)
     if best is not None:
         settings, value = best
+        name = f"best {metric_words(str(result.get('metric')))}"
         chance = percent(result["chance"], 2) if isinstance(result.get("chance"), (int, float)) else ""
-        lines.append((f"best {metric_words(str(result.get('metric')))}", value, float(result["best"]["value"]), chance))
-        lines.append(("best trial", settings, None, ""))
+        lines.append({"name": name, "value": value, "number": float(result["best"]["value"]), "chance": chance})
+        lines.append({"name": "best trial", "value": settings})
     return lines

@@ -156,8 +156,9 @@ def test_summary_is_what_the_files_say(runs: Path) -> None:
     funnel = storage.read_json(str(runs / "curated" / "funnel.json"))
     assert found["Curation", "samples in"].number == funnel["in"] == 96
     assert found["Curation", "kept"].number == funnel["kept"]
-    dropped = sum(row.number or 0 for (_, name), row in found.items() if name.startswith("dropped: "))
-    assert dropped == funnel["in"] - funnel["kept"]
+    dropped = found["Curation", "dropped"]
+    assert dropped.number == sum(dropped.parts.values()) == funnel["in"] - funnel["kept"]
+    assert list(dropped.parts.values()) == sorted(dropped.parts.values(), reverse=True)
     assert found["Ingest", "quarantined"].number == 2
     assert found["Training", "steps"].number == 120
     assert (found["Evaluation", "text to image R@1"].value, found["Evaluation", "text to image R@1"].chance) == (

@@ -258,6 +258,10 @@ class Rule(nn.Module):
         """Which views are compared, as (rows, columns); a pair is needed once, as a tile can reduce both ways."""
         return [(views[0], views[1])]
 
+    def learnt(self) -> Sequence[Tensor]:
+        """The tensors besides embeddings that receive a gradient; by default the rule's parameters."""
+        return list(self.parameters())
+
     def passes(self) -> Sequence[Tiler]:
         """The sweeps over all tiles, in order."""
         return [self.tile]

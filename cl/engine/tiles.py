@@ -212,7 +212,7 @@ def evaluate(
     columns = {side.name: Columns.of(side, seen) for side in sides}
     run = Evaluation(rule, columns, exchange, tiling or Tiling(), workers)
     store: dict[Key, Tensor] = {}
-    parameters = [parameter for parameter in rule.parameters() if parameter.requires_grad]
+    parameters = [tensor for tensor in rule.learnt() if tensor.requires_grad]
     loss = _Evaluate.apply(run, store, len(sides), *(side.embeddings for side in sides), *parameters)
     return loss, store
 

@@ -1,0 +1,61 @@
+"""SigLIP: every pair is a binary choice.
+
+    loss_i = sum_j -log sigmoid(z_ij (t <a_i, c_j> + b)),  z_ij = 1 for the own pair, -1 for others
+
+Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1: t starts at 10, b at -10, both are
+learnt. The sum over j is not averaged; the mean over i is. Pairs of equal content are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from cl.engine.rule import Reductions, Samples, Tile, row_sum
+from cl.objectives.base import OBJECTIVES
+from cl.objectives.temperature import Temperature, TemperatureConfig
+from cl.objectives.tiled import TiledConfig, TiledObjective
+
+
+class SigLIPConfig(TiledConfig, TemperatureConfig):
+    temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
+    bias: float = Field(-10.0, description="initial bias of the logits")
+    learn_bias: bool = Field(True, description="train the bias")
+
+
+@OBJECTIVES.register(
+    "siglip",
+    "a binary choice for every pair: sigmoid instead of softmax, with a learnt bias",
+    paper="Sigmoid Loss for Language Image Pre-Training",
+)
+class SigLIP(TiledObjective):
+    """See the module's formula. Parameters: the log of the inverse temperature, and the bias."""
+
+    Config = SigLIPConfig
+    bias: Tensor
+
+    def __init__(self, config: SigLIPConfig) -> None:
+        super().__init__(config)
+        self.temperature = Temperature(config)
+        bias = torch.tensor(config.bias)
+        if config.learn_bias:
+            self.bias = nn.Parameter(bias)
+        else:
+            self.register_buffer("bias", bias)
+
+    def tile(self, t: Tile) -> Reductions:
+        logits = self.temperature() * t.scores + self.bias
+        return {"loss": row_sum(softplus(torch.where(t.own, -logits, logits)))}
+
+    def finish(self, s: Samples) -> Tensor:
+        return s["loss"]
+
+    def measures(self) -> Mapping[str, Tensor]:
+        return {"logit_scale": self.temperature().detach(), "logit_bias": self.bias.detach()}
+
+    def clamp_(self) -> None:
+        self.temperature.clamp_()

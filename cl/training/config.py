@@ -10,7 +10,7 @@ from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
 from cl.objectives import ObjectiveConfig
 
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["auto", "fp32", "bf16", "fp64"]
 
 
 class CorpusConfig(Config):
@@ -91,7 +91,10 @@ class TrainConfig(Config):
     epochs: int | None = Field(None, ge=1, description="passes over the corpora")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Precision = Field("bf16", description="bf16: autocast, fp32 weights; fp64: everything, for exactness")
+    precision: Precision = Field(
+        "auto",
+        description="bf16 (autocast, fp32 weights), fp32, fp64 (exact); auto: bf16 where it is native, else fp32",
+    )
     clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the averaged gradient; null: no clipping")
     workers: WorkersConfig = WorkersConfig()
     checkpoint: CheckpointsConfig = CheckpointsConfig()

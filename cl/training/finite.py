@@ -52,7 +52,7 @@ def check_finite(loss: float, norm: float, step: int, finite: Tensor, ids: Tenso
     else:
         first = ([_hex(row) for row in ids[:SHOWN].tolist()] + [""] * SHOWN)[:SHOWN]
         if workers.size > 1:  # one sentence for all
-            dist.broadcast_object_list(first, src=dist.get_global_rank(workers.group, 0), group=workers.group)
+            dist.broadcast_object_list(first, group=workers.group, group_src=0)
         where = (
             "all embeddings are finite, so it arose in the loss or on the way back "
             f"(the first samples of worker 0: {', '.join(filter(None, first))})"

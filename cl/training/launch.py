@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cl.config import config_digest
 from cl.errors import ConfigError, user_error
@@ -154,8 +154,7 @@ class _Trainer(TorchTrainer):
     _controller: Any = None
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        failure_config = self.run_config.failure_config
-        arguments["failure_policy"] = _FailurePolicy(failure_config)
+        arguments["failure_policy"] = _FailurePolicy(arguments["failure_policy"].failure_config)
         return super()._initialize_and_run_controller(**arguments)
 
     def _register_sigint_handler(self, controller: Any) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from cl import storage
-from cl.batches.loader import Loader
+from cl.batches.loader import Batch, Loader
 from cl.batches.plan import BatchPlan
 from cl.config import dump_config
 from cl.corpus import open_corpus
@@ -31,13 +32,13 @@ from cl.errors import DataError
 from cl.objectives import build_objective
 from cl.training.callbacks import Progress, build_callbacks
 from cl.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, prune_checkpoints, save_checkpoint
-from cl.training.config import TrainConfig
+from cl.training.config import Precision, TrainConfig
 from cl.training.finite import check_finite, gradient_norm
 from cl.training.metrics import MetricsWriter, read_metrics
 from cl.training.optimizer import build_optimizer
 from cl.training.outcome import TrainResult
 from cl.training.place import own_device, torchrun_group
-from cl.training.precision import cast
+from cl.training.precision import cast, resolve
 from cl.training.randomness import seed_everything
 from cl.training.schedule import learning_rate, set_learning_rate
 from cl.training.step import TrainStep, wrap
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 
-def train_worker(cfg: TrainConfig, report: Report | None = None) -> TrainResult:
+def train_worker(cfg: TrainConfig, report: Report | None = None, workers: Workers | None = None) -> TrainResult:
     """Train as one of the workers of the current process group (all of them call this), or alone.
 
     Goes on from the newest whole checkpoint below `cfg.checkpoint_url`, if there is one.
@@ -55,6 +56,7 @@ def train_worker(cfg: TrainConfig, report: Report | None = None) -> TrainResult:
     Args:
         cfg: the run; the same on all workers.
         report: called on every worker after each checkpoint with {"step", "samples", "loss", "checkpoint"}.
+        workers: those that train together; default: the current process group.
 
     Returns:
         the run's result, which the first worker has also written to `summary.json`.
@@ -63,7 +65,7 @@ def train_worker(cfg: TrainConfig, report: Report | None = None) -> TrainResult:
         ClewError: a config, corpus or checkpoint that cannot be used, or a loss that is not finite.
     """
     with torchrun_group():
-        return _Run(cfg, Workers.current(), own_device(), report).train()
+        return _Run(cfg, workers or Workers.current(), own_device(), report).train()
 
 
 class _Run:
@@ -76,9 +78,10 @@ class _Run:
         self.total_steps = cfg.total_steps(self.plan.steps_per_epoch)
         self.model: EncoderModel = build_model(cfg.model, seed=cfg.seed)
         self.objective = build_objective(cfg.objective)
-        cast(self.model, cfg.precision).to(device)
-        cast(self.objective, cfg.precision).to(device)
-        self.step_module = TrainStep(self.model, self.objective, workers, cfg.precision)
+        self.precision = self._agree_on_precision()
+        cast(self.model, self.precision).to(device)
+        cast(self.objective, self.precision).to(device)
+        self.step_module = TrainStep(self.model, self.objective, workers, self.precision)
         self.optimizer: Optimizer = build_optimizer(cfg.optimizer, self.step_module)
         self.step = 0
         self.seconds = 0.0  # of training up to `step`, lost work not counted
@@ -125,7 +128,7 @@ class _Run:
         )
         clock = _Clock(self.seconds, progress.samples)
         url = storage.join(cfg.checkpoint_url, f"step-{self.step:08d}")
-        with contextlib.closing(iter(loader)) as batches:
+        with contextlib.closing(typing.cast("Generator[Batch]", iter(loader))) as batches:
             while self.step < self.total_steps and not progress.stop:
                 step = self.step + 1
                 with clock.waiting():
@@ -189,6 +192,13 @@ class _Run:
             samples,
         )
 
+    def _agree_on_precision(self) -> Precision:
+        """The first worker's choice, for all: machines of one run may differ."""
+        choice = [resolve(self.cfg.precision, self.device)]
+        if self.workers.size > 1:
+            dist.broadcast_object_list(choice, group=self.workers.group, device=self.device, group_src=0)
+        return choice[0]
+
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         """The newest whole checkpoint, chosen by the first worker for all."""
         root = self.cfg.checkpoint_url
@@ -196,7 +206,7 @@ class _Run:
         if self.workers.size == 1:
             return found
         choice = [found.step if found else None]
-        dist.broadcast_object_list(choice, src=0, device=self.device)
+        dist.broadcast_object_list(choice, group=self.workers.group, device=self.device, group_src=0)
         if choice[0] is None or self.leads:
             return found
         return open_checkpoint(root, choice[0])
@@ -250,6 +260,7 @@ class _Run:
             seconds=self.seconds,
             checkpoint=checkpoint,
             workers=self.workers.size,
+            precision=self.precision,
             resumed_from=self.resumed_from,
         )
 

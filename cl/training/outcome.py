@@ -22,6 +22,7 @@ class TrainResult(BaseModel):
     seconds: float  # of training, without start and work that was lost and done again
     checkpoint: str  # the last one
     workers: int
+    precision: str  # what `auto` came to
     resumed_from: int | None = None  # step of the checkpoint that the last start went on from
 
     def write(self) -> None:

@@ -77,4 +77,10 @@ def wrap(step: TrainStep, device: torch.device) -> nn.Module:
                 "The model has batch norms, whose statistics only workers on GPUs can share: train it with one worker."
             )
         step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
-    return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+    return DistributedDataParallel(
+        step,
+        process_group=step.workers.group,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )

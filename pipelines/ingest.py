@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, model_validator
 from cl import storage
 from cl.config import Config
 from cl.corpus import Corpus, Fragment, Kind
-from cl.errors import DataError, user_error
+from cl.errors import DataError
 from cl.progress import progress
 from cl.run import write_run_info
 from pipelines.images import MAX_PIXELS
@@ -154,22 +154,29 @@ def _run(tasks: list[Task], cpus: int | None) -> Iterator[dict[str, Any]]:
         prepare_ray_data()
         blocks = max(1, min(len(tasks), round(BLOCKS_PER_CPU * session.cpus)))
         items = [{"task": task.dump()} for task in tasks]
-        try:
-            records = ray.data.from_items(items, override_num_blocks=blocks).map_batches(_work, batch_size=1)
-            for row in records.iter_rows():
-                yield orjson.loads(row["record"])
-        except Exception as error:
-            known = user_error(error)
-            if known is not None:
-                raise known from None
-            raise
+        records = ray.data.from_items(items, override_num_blocks=blocks).map_batches(_work, batch_size=1)
+        for row in records.iter_rows():
+            record = orjson.loads(row["record"])
+            if "error" in record:
+                raise DataError(record["error"])
+            yield record
 
 
 def _work(batch: dict[str, Any]) -> dict[str, list[str]]:
-    """The Ray Data function: one task in, its record out."""
+    """The Ray Data function: one task in, its record out.
+
+    What the user can mend travels as data, as Ray Data drops the cause when it wraps an exception.
+    """
     import orjson
 
-    return {"record": [orjson.dumps(ingest_shard(Task.load(text))).decode() for text in batch["task"]]}
+    out = []
+    for text in batch["task"]:
+        try:
+            record = ingest_shard(Task.load(text))
+        except DataError as error:
+            record = {"error": str(error)}
+        out.append(orjson.dumps(record).decode())
+    return {"record": out}
 
 
 def _commit(records: list[dict[str, Any]], tasks: list[Task], kind: Kind, out: str) -> Corpus:

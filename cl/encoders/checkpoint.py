@@ -23,6 +23,7 @@ from cl.config import dump_config, parse_config, read_yaml
 from cl.encoders.config import ModelConfig
 from cl.encoders.inputs import Inputs
 from cl.encoders.model import EncoderModel, _fresh_model, build_inputs
+from cl.encoders.registry import TOWERS
 from cl.encoders.weights import WEIGHTS_FILE, load_state, read_tensors
 from cl.errors import DataError
 
@@ -43,16 +44,8 @@ def save_model(model: EncoderModel, cfg: ModelConfig, folder: str | Path, write_
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         save_file(tensors, folder / WEIGHTS_FILE)
-        inputs = build_inputs(cfg, train=False)
-        for name, tower in model.towers.items():
-            if not hasattr(tower, "save_files"):
-                continue
-            beside = folder / "towers" / name
-            beside.mkdir(parents=True, exist_ok=True)
-            tower.save_files(beside)  # type: ignore[operator]
-            view = next(view for view, reader in model.views.items() if reader == name)
-            if inputs.modality(view) == "text":
-                inputs.text(view).tokenizer.rust.save(str(beside / "tokenizer.json"))
+        for name, tower in cfg.towers.items():
+            TOWERS[tower.family].save_files(tower, model.towers[name], folder / "towers" / name)
         if write_config:
             storage.write_bytes(str(folder / CONFIG_FILE), b"model:\n" + _indented(dump_config(cfg)).encode())
     except OSError as error:
@@ -134,6 +127,6 @@ def checkpoint_config(folder: Path) -> ModelConfig:
     for name, tower in dict(tree.get("towers", {})).items():
         beside = folder / "towers" / str(name)
         if beside.is_dir():
-            tower = {**tower, "name": str(beside), "config": {}, "tokenizer": None, "pretrained": False}
+            tower = TOWERS[tower["family"]].restored(tower, beside)
         towers[name] = tower
     return parse_config(ModelConfig, {**tree, "towers": towers, "weights": None}, str(file))

@@ -84,8 +84,12 @@ def _fresh_model(cfg: ModelConfig, seed: int) -> EncoderModel:
 
 def check_model(cfg: ModelConfig) -> None:
     """Build the model without memory for its weights: finds every error of its config before a run starts."""
+    towers = {
+        name: tower.model_copy(update={"pretrained": False}) if "pretrained" in type(tower).model_fields else tower
+        for name, tower in cfg.towers.items()
+    }
     with torch.device("meta"):
-        _fresh_model(cfg.model_copy(update={"weights": None}), 0)
+        _fresh_model(cfg.model_copy(update={"towers": towers}), 0)
     build_inputs(cfg, train=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -22,14 +23,22 @@ class TowerFamily(ABC):
     def build(cfg: Any, embed_dim: int) -> nn.Module:
         """A tower with fresh (or its own pretrained) weights: input of a view -> [B, embed_dim], not normalised.
 
-        The module has `load_external(tensors, where)` if it can read weights of other projects, and
-        `save_files(folder)` if it needs files beside its weights to be rebuilt.
+        The module has `load_external(tensors, where)` if it can read weights of other projects.
         """
 
     @staticmethod
     @abstractmethod
     def inputs(cfg: Any, train: bool) -> ViewInput:
         """What turns a view's raw samples (bytes, strings) into the tower's input; picklable."""
+
+    @staticmethod  # noqa: B027 - most towers need none
+    def save_files(cfg: Any, tower: nn.Module, folder: Path) -> None:
+        """Write what must lie beside the weights to rebuild the tower elsewhere: architecture, tokenizer."""
+
+    @staticmethod
+    def restored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The config fields of a tower whose files were saved in `folder`."""
+        return fields
 
 
 TOWERS: Registry[type[TowerFamily]] = Registry("tower", "cl.encoders.towers", "clew.towers")

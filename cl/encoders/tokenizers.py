@@ -17,9 +17,11 @@ from tokenizers import Regex, decoders, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 
+from cl import storage
 from cl.errors import ConfigError
 
 CLIP_VOCABULARY = 49408
+SETTINGS_FILE = "clew_tokenizer.json"  # what tokenizer.json cannot say
 _BYTES_AND_SPECIALS = 2 * 256 + 2  # every byte, every byte at a word's end, start and end of text
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -47,6 +49,11 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         prepared = [clean_text(text) for text in texts] if self.clean else list(texts)
         return [encoding.ids for encoding in self.rust.encode_batch_fast(prepared)]
+
+    def save(self, folder: Path) -> None:
+        """Write what `folder_tokenizer` reads."""
+        self.rust.save(str(folder / "tokenizer.json"))
+        storage.write_json(str(folder / SETTINGS_FILE), {"clean": self.clean, "pad_id": self.pad_id})
 
 
 def clean_text(text: str) -> str:
@@ -98,11 +105,11 @@ def _clip_json(vocab_size: int) -> str:
     return rust.to_str()
 
 
-def folder_tokenizer(name: str, max_tokens: int) -> Tokenizer:
+def folder_tokenizer(name: str, max_tokens: int, vocab_size: int) -> Tokenizer:
     """The tokenizer of a Hugging Face folder (or hub name), cut to `max_tokens`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it has more entries than the tower's `vocab_size` embeddings.
     """
     file = Path(name).expanduser() / "tokenizer.json"
     try:
@@ -115,10 +122,16 @@ def folder_tokenizer(name: str, max_tokens: int) -> Tokenizer:
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
         raise ConfigError(f"{name} has no tokenizer that can be read: {reason}.") from error
-    pad_id = (rust.padding or {}).get("pad_id")
+    if rust.get_vocab_size() > vocab_size:
+        raise ConfigError(
+            f"The tokenizer of {name} has {rust.get_vocab_size()} entries, but the tower has {vocab_size} embeddings."
+        )
+    beside = Path(name).expanduser() / SETTINGS_FILE
+    settings = storage.read_json(str(beside)) if beside.is_file() else {}
+    pad_id = settings.get("pad_id", (rust.padding or {}).get("pad_id"))
     if pad_id is None:
         known = (rust.token_to_id(token) for token in ("[PAD]", "<pad>", "<|endoftext|>", "</s>"))
         pad_id = next((i for i in known if i is not None), 0)
     rust.no_padding()
     rust.enable_truncation(max_tokens)
-    return Tokenizer(rust, max_tokens, pad_id, clean=False)
+    return Tokenizer(rust, max_tokens, pad_id, bool(settings.get("clean")))

@@ -71,10 +71,6 @@ class HuggingFaceTower(nn.Module):
         """Hugging Face weights come with `name`, not through `weights`."""
         raise ConfigError(f"{where} cannot be loaded into a huggingface tower: set its `name` to the model's folder.")
 
-    def save_files(self, folder: Path) -> None:
-        """Keep the architecture beside the weights."""
-        self.net.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-
 
 def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """Token states [B, L, C] and mask [B, L] -> [B, C]; an empty text gives zeros under `mean`."""
@@ -117,6 +113,9 @@ class HuggingFaceFamily(TowerFamily):
         from transformers import AutoModel
 
         net_config = _net_config(cfg)
+        positions = getattr(net_config, "max_position_embeddings", None)
+        if positions is not None and cfg.max_tokens > positions:
+            raise ConfigError(f"max_tokens is {cfg.max_tokens}, but the tower has {positions} position embeddings.")
         kernel = register_with_transformers()
         try:
             if cfg.name is not None and cfg.pretrained:
@@ -141,7 +140,22 @@ class HuggingFaceFamily(TowerFamily):
     @staticmethod
     def inputs(cfg: HuggingFaceConfig, train: bool) -> ViewInput:
         """Token ids and mask, padded to the longest text of the batch."""
+        vocab_size = int(_net_config(cfg).vocab_size)
         folder = cfg.tokenizer or cfg.name
-        if folder is not None:
-            return TextInput(folder_tokenizer(folder, cfg.max_tokens), masked=True)
-        return TextInput(clip_bpe(int(_net_config(cfg).vocab_size), cfg.max_tokens), masked=True)
+        if folder is None:
+            return TextInput(clip_bpe(vocab_size, cfg.max_tokens), masked=True)
+        return TextInput(folder_tokenizer(folder, cfg.max_tokens, vocab_size), masked=True)
+
+    @staticmethod
+    def save_files(cfg: HuggingFaceConfig, tower: nn.Module, folder: Path) -> None:
+        """Keep the architecture and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tower.net.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        spec = HuggingFaceFamily.inputs(cfg, train=False)
+        assert isinstance(spec, TextInput)
+        spec.tokenizer.save(folder)
+
+    @staticmethod
+    def restored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Architecture and tokenizer come from the folder, weights from the checkpoint."""
+        return {**fields, "name": str(folder), "config": {}, "pretrained": False, "tokenizer": None}

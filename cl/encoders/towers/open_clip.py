@@ -7,6 +7,7 @@ open_clip's own; only the attention kernel is chosen by device and precision (cl
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -182,7 +183,7 @@ class OpenClipFamily(TowerFamily):
             return ImageInput(int(size), augment)
         context = tower.context_length
         if cfg.tokenizer is not None:
-            return TextInput(folder_tokenizer(cfg.tokenizer, context), masked=False, length=context)
+            return TextInput(folder_tokenizer(cfg.tokenizer, context, tower.vocab_size), masked=False, length=context)
         if tower.hf_tokenizer_name is not None:
             raise ConfigError(
                 f"The text tower of {cfg.name} reads the tokenizer {tower.hf_tokenizer_name!r}: give the field "
@@ -192,6 +193,20 @@ class OpenClipFamily(TowerFamily):
         ends = not tower.no_causal_mask and not tower.embed_cls and tower.pool_type in ("argmax", "eos")
         length = None if ends and not _custom_blocks(tower) else context
         return TextInput(clip_bpe(tower.vocab_size, context), masked=False, length=length)
+
+    @staticmethod
+    def save_files(cfg: OpenClipConfig, tower: nn.Module, folder: Path) -> None:
+        """Keep the tokenizer, if it is not the built-in one."""
+        if cfg.part == "text" and cfg.tokenizer is not None:
+            spec = OpenClipFamily.inputs(cfg, train=False)
+            assert isinstance(spec, TextInput)
+            folder.mkdir(parents=True, exist_ok=True)
+            spec.tokenizer.save(folder)
+
+    @staticmethod
+    def restored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The tokenizer comes from the folder."""
+        return {**fields, "tokenizer": str(folder)}
 
 
 def _custom_blocks(tower: Any) -> bool:

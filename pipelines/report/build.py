@@ -13,7 +13,7 @@ from cl import storage
 from pipelines.report.corpora import corpus_section, curation_section
 from pipelines.report.evaluation import evaluation_section
 from pipelines.report.pictures import Thumbnails
-from pipelines.report.runs import Run, find_runs
+from pipelines.report.runs import Run, absolute, find_runs
 from pipelines.report.summary import TITLES, summarise_runs
 from pipelines.report.sweeps import sweep_section
 from pipelines.report.training import training_section
@@ -95,9 +95,9 @@ def _lineage(run: Run, runs: list[Run]) -> list[dict[str, str]]:
     """The paths in a run's config that are other runs of the page (or lie within them)."""
     found: dict[str, dict[str, str]] = {}
     for name, value in _strings(run.config):
+        place = absolute(value) + "/"
         for other in runs:
-            root = other.path.rstrip("/")
-            if other is not run and (value.rstrip("/") == root or value.startswith(root + "/")):
+            if other is not run and place.startswith(other.path.rstrip("/") + "/"):
                 found[other.path] = {"field": name, "anchor": other.anchor, "name": other.name}
     return list(found.values())
 

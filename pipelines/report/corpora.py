@@ -13,7 +13,7 @@ from cl.errors import DataError
 from pipelines.report.annotated import Rows, first_column, load_rows, text_of
 from pipelines.report.distributions import distributions, languages
 from pipelines.report.pictures import Picture, Thumbnails
-from pipelines.report.runs import Run
+from pipelines.report.runs import Run, absolute
 from pipelines.report.wording import brief, clean, count, number, words
 
 EXAMPLES = 8  # pictures a drop reason, and a cluster
@@ -27,7 +27,7 @@ DUPLICATE = ("duplicate_of", "near_duplicate_of", "exact_duplicate_of")
 # Not shown as "values": they say the same for every row, or are shown elsewhere.
 HIDDEN = {
     "id", "source", "key", "shard", "content", "meta", "offset", "length", "text", "anchor", "positive", "lane",
-    "drop_stage", "drop_reason", "kept", *DUPLICATE,
+    "drop_stage", "drop_reason", "quarantined", *DUPLICATE,
 }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _input_corpora(run: Run) -> list[str]:
     value = run.config.get("corpus", run.config.get("corpora", []))
     values = value if isinstance(value, list) else [value]
     paths = [each.get("path") if isinstance(each, dict) else each for each in values]
-    return [str(path) for path in paths if path]
+    return [absolute(str(path)) for path in paths if path]
 
 
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -116,6 +116,8 @@ def funnel_steps(funnel: dict[str, Any]) -> list[dict[str, Any]]:
     steps = []
     for stage in funnel.get("stages", []):
         dropped = {str(k): int(v) for k, v in (stage.get("dropped") or {}).items() if v}
+        if stage.get("quarantined"):
+            dropped["quarantined"] = int(stage["quarantined"])
         came = int(stage.get("in") or 0)
         left = came - sum(dropped.values())
         steps.append(
@@ -164,6 +166,9 @@ def drops(rows: Rows, roots: list[str], pictures: Thumbnails, order: list[str]) 
     if not rows.has("drop_reason"):
         return []
     table = rows.table
+    if rows.has("quarantined"):  # those are in a table of their own
+        table = table.filter(pc.invert(pc.fill_null(table["quarantined"], False)))
+    dropped = Rows(table, table.num_rows)
     groups = (
         table.filter(pc.is_valid(table["drop_reason"]))
         .group_by(["drop_stage", "drop_reason"])
@@ -175,7 +180,7 @@ def drops(rows: Rows, roots: list[str], pictures: Thumbnails, order: list[str]) 
         mask = pc.and_(
             pc.equal(table["drop_stage"], group["drop_stage"]), pc.equal(table["drop_reason"], group["drop_reason"])
         )
-        examples = rows.where(mask).by_id(EXAMPLES)
+        examples = dropped.where(mask).by_id(EXAMPLES)
         found.append(
             {
                 "stage": words(group["drop_stage"]),

@@ -11,7 +11,7 @@ from cl import storage
 from cl.corpus import Corpus, open_corpus
 from cl.errors import DataError
 from pipelines.report.pictures import Thumbnails
-from pipelines.report.runs import Run
+from pipelines.report.runs import Run, absolute
 from pipelines.report.wording import clean, count, number, words
 
 QUERIES = 10  # a corpus
@@ -81,7 +81,7 @@ def _examples(run: Run, found: dict[str, Any], path: str | None, pictures: Thumb
     root, rows = "", {}
     try:
         if path:
-            corpus = open_corpus(path)
+            corpus = open_corpus(absolute(path))
             root, rows = corpus.root, rows_by_id(corpus, wanted)
     except DataError as error:
         run.note(f"The retrieval examples have no pictures: {error}")

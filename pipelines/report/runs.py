@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def find_runs(dirs: Iterable[str]) -> list[Run]:
     Raises:
         DataError: a folder does not exist, or there is no run in any of them.
     """
-    given = [str(each).rstrip("/") or "/" for each in dirs]
+    given = [absolute(str(each)) for each in dirs]
     found: dict[str, RunKind] = {}
     for root in given:
         fs, path = storage.open_fs(root)
@@ -128,6 +129,11 @@ def find_runs(dirs: Iterable[str]) -> list[Run]:
     names = _names(list(found))
     runs = [_open(kind, path, names[path]) for path, kind in found.items()]
     return sorted(runs, key=lambda run: (KINDS.index(run.kind), str(run.info.get("started", "")), run.path))
+
+
+def absolute(path: str) -> str:
+    """A local path from the root and without detours, so that equal places are equal text; a URL as it is."""
+    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _walk(url: str, depth: int, found: dict[str, RunKind]) -> None:

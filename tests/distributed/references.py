@@ -1,0 +1,71 @@
+"""Dense float64 references of the registered objectives, written from the papers' formulas on whole matrices.
+
+An objective is registered together with a reference here; `test_walk.py` fails for one that has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A whole global batch: embeddings [N, D] by view, weights [N], and which samples hold equal content [N, N]."""
+
+    views: Mapping[str, Tensor]
+    weight: Tensor
+    same: Tensor
+
+    @property
+    def own(self) -> Tensor:
+        return torch.eye(len(self.weight), dtype=torch.bool)
+
+    @property
+    def excluded(self) -> Tensor:
+        """[N, N]: pairs that count nowhere: a masked sample, or equal content other than the own pair."""
+        masked = self.weight == 0
+        return self.same & ~self.own | masked[None] | masked[:, None]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """sum_i w_i v_i / sum_i w_i, 0/0 is 0."""
+        total = self.weight.sum()
+        return (self.weight * values.where(self.weight > 0, 0)).sum() / (total if total > 0 else 1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The formula of an objective, with its parameters by name, and the settings to check."""
+
+    loss: Callable[[Batch, Mapping[str, Tensor], Mapping[str, Any]], Tensor]
+    settings: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+
+def infonce(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """Radford et al. 2021, fig. 3: cross-entropy over rows and over columns, halved; or one direction."""
+    first, second = batch.views.values()
+    scores = parameters["temperature.log_scale"].exp() * first @ second.T
+    candidates = scores.masked_fill(batch.excluded, -torch.inf)
+    rows = candidates.logsumexp(1) - scores.diagonal()
+    columns = candidates.logsumexp(0) - scores.diagonal()
+    share = {"both": 0.5, "forward": 1.0, "backward": 0.0}[settings.get("direction", "both")]
+    return batch.mean(share * rows) + batch.mean((1 - share) * columns)
+
+
+def siglip(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """Zhai et al. 2023, algorithm 1: -sum over all pairs of log sigmoid(z (t <x, y> + b)), over the batch size."""
+    first, second = batch.views.values()
+    logits = parameters["temperature.log_scale"].exp() * first @ second.T + parameters["bias"]
+    z = 2 * batch.own.double() - 1
+    return batch.mean(-logsigmoid(z * logits).masked_fill(batch.excluded, 0).sum(1))
+
+
+REFERENCES: dict[str, Reference] = {
+    "infonce": Reference(infonce, [{}, {"direction": "forward"}, {"direction": "backward"}]),
+    "siglip": Reference(siglip),
+}

@@ -1,0 +1,105 @@
+"""The number of workers does not change what is learnt: same global batch, same loss, step by step.
+
+    loss(step k, W workers) = loss(step k, 1 worker)    to 1e-9 in float64 and 1e-3 in float32, over 20 steps
+
+The runs go through epochs whose last batch is short, so that some workers hold fewer samples or none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl.config import parse_config
+from cl.engine.collectives import Workers
+from cl.training.config import TrainConfig
+from cl.training.loop import train_worker
+from cl.training.metrics import read_metrics
+from tests.distributed.pool import Pool
+from tests.training_corpus import tiny_run, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    # 82 samples in steps of 16: the last step of an epoch has 2, which leave the last of two workers empty.
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "squares", samples=82)
+
+
+def run_worker(workers: Workers, fields: dict[str, Any]) -> int:
+    """One worker of a run; returns its number of steps."""
+    Path(fields["out"]).mkdir(parents=True, exist_ok=True)
+    return train_worker(parse_config(TrainConfig, fields, "test"), workers=workers).steps
+
+
+def losses(pool: Pool, size: int, fields: dict[str, Any]) -> list[tuple[float, float, float]]:
+    """(loss, gradient norm, logit scale) of each step."""
+    assert pool.run(run_worker, size, fields) == [fields["steps"]] * size
+    records = read_metrics(Path(fields["out"]) / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, fields["steps"] + 1))
+    return [(record["loss"], record["grad_norm"], record["logit_scale"]) for record in records]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp64", 1e-9), ("fp32", 1e-3)])
+@pytest.mark.parametrize(("size", "exchange"), [(2, "gather"), (3, "gather"), (2, "ring")])
+def test_same_loss_for_any_number_of_workers(
+    pool: Pool, corpus: str, tmp_path: Path, precision: str, bound: float, size: int, exchange: str
+) -> None:
+    fields = {"precision": precision, "objective": {"name": "infonce", "exchange": exchange}}
+    one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
+    many = losses(pool, size, tiny_run(corpus, tmp_path / "many", **fields))
+    assert one[-1][0] < one[0][0] - 0.3  # it learns, so equal numbers say something
+    for alone, shared in zip(one, many):
+        assert shared == pytest.approx(alone, rel=bound, abs=bound)
+
+
+def test_resume_on_another_number_of_workers(pool: Pool, corpus: str, tmp_path: Path) -> None:
+    """10 steps on two workers, then 10 on three, equal 20 on one."""
+    one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", schedule={"kind": "constant"}))
+    fields = tiny_run(corpus, tmp_path / "moved", schedule={"kind": "constant"})
+    assert pool.run(run_worker, 2, fields | {"steps": 10}) == [10, 10]
+    moved = losses(pool, 3, fields)
+    for alone, shared in zip(one, moved):
+        assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
+
+
+def test_clipping_uses_the_norm_of_the_averaged_gradient(pool: Pool, corpus: str, tmp_path: Path) -> None:
+    """Clipped hard from the first step on, the workers still take the very step of one worker."""
+    fields = {"clip_norm": 0.05, "steps": 8, "optimizer": {"lr": 3e-3, "eps": 1.0}}  # a large eps lets the scale show
+    one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
+    two = losses(pool, 2, tiny_run(corpus, tmp_path / "two", **fields))
+    assert min(norm for _, norm, _ in one) > 0.05
+    for alone, shared in zip(one, two):
+        assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
+
+
+def _unused_tower_parameter(workers: Workers, fields: dict[str, Any]) -> float:
+    """The largest difference between the workers' weights after a run with a parameter that no view uses."""
+    import torch
+
+    from cl.encoders import build_model
+    from cl.objectives import build_objective
+    from cl.training.step import TrainStep, wrap
+
+    cfg = parse_config(TrainConfig, fields, "test")
+    model = build_model(cfg.model).double()
+    model.register_parameter("idle", torch.nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    module = wrap(TrainStep(model, build_objective(cfg.objective).double(), workers, "fp64"), torch.device("cpu"))
+    from cl.batches.loader import Loader
+    from cl.batches.plan import BatchPlan
+    from cl.corpus import open_corpus
+    from cl.encoders import build_inputs
+
+    plan = BatchPlan([open_corpus(cfg.corpus_paths[0])], 0, 16)
+    loader = Loader(plan, workers.rank, workers.size, build_inputs(cfg.model, train=True), steps=3)
+    for batch in loader:
+        module(batch).loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    total = gradients.clone()
+    workers.all_reduce(total)
+    return float((total / workers.size - gradients).abs().max())
+
+
+def test_an_unused_parameter_does_not_stop_the_workers(pool: Pool, corpus: str, tmp_path: Path) -> None:
+    assert max(pool.run(_unused_tower_parameter, 2, tiny_run(corpus, tmp_path))) < 1e-14

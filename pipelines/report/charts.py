@@ -17,17 +17,18 @@ from markupsafe import Markup
 from pipelines.report.wording import clean, number
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 37
 MAX_POINTS = 300
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: x and y of equal length, and its name."""
+    """One line: x and y of equal length, its name, and whether it is only there for comparison."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    faint: bool = False
 
 
 def _svg(label: str, body: list[str], width: float = WIDTH, height: float = HEIGHT) -> Markup:
@@ -77,7 +78,7 @@ def _grid(ys: list[float], x_label: str) -> list[str]:
 
 def _x_label(px: float, text: str) -> str:
     """A label below the x axis; one at the right edge ends there instead of running out of the picture."""
-    return _text(px, HEIGHT - BOTTOM + 14, text, "end" if px > WIDTH - RIGHT - 8 else "middle")
+    return _text(px, HEIGHT - BOTTOM + 16, text, "end" if px > WIDTH - RIGHT - 8 else "middle")
 
 
 def _place(value: float, low: float, high: float, start: float, end: float) -> float:
@@ -103,7 +104,7 @@ def lines(label: str, series: list[Series], x_label: str = "step", zero: bool = 
         label: what a screen reader says of it.
         zero: whether the y axis must begin at 0.
     """
-    thinned = [(s.name, *thin(s.x, s.y)) for s in series]
+    thinned = [(s, *thin(s.x, s.y)) for s in series]
     thinned = [each for each in thinned if len(each[1])]
     if not thinned:
         return Markup("")
@@ -114,16 +115,19 @@ def lines(label: str, series: list[Series], x_label: str = "step", zero: bool = 
     parts = _grid(ys, x_label)
     for x in [tick for tick in ticks(x0, x1) if x0 <= tick <= x1] or [x0]:
         parts.append(_x_label(_place(x, x0, x1, LEFT, WIDTH - RIGHT), _tick_label(x)))
-    for k, (name, xs, yv) in enumerate(thinned):
+    for one, xs, yv in thinned:
+        kind = "faint" if one.faint else "main"
         points = " ".join(
             f"{_place(a, x0, x1, LEFT, WIDTH - RIGHT):.1f},{_place(b, ys[0], ys[-1], HEIGHT - BOTTOM, TOP):.1f}"
             for a, b in zip(xs, yv, strict=True)
         )
         if len(xs) == 1:
             px, py = points.split(",")
-            parts.append(f'<circle cx="{px}" cy="{py}" r="3" class="dot s{k % 6}"/>')
+            parts.append(f'<circle cx="{px}" cy="{py}" r="3" class="dot {kind}"/>')
         else:
-            parts.append(f'<polyline points="{points}" class="line s{k % 6}"><title>{escape(name)}</title></polyline>')
+            parts.append(
+                f'<polyline points="{points}" class="line {kind}"><title>{escape(clean(one.name))}</title></polyline>'
+            )
     return _svg(label, parts)
 
 
@@ -184,7 +188,7 @@ def heat_map(label: str, rows: list[str], columns: list[str], values: list[list[
             share = (value - low) / (high - low) if high > low else 1.0
             star = " best" if best == (i, j) else ""
             parts.append(f'<rect {size} class="heat{star}" style="fill-opacity:{0.12 + 0.88 * share:.3f}"/>')
-            tone = "cell strong" if share > 0.55 else "cell"
+            tone = "cell strong" if share > 0.75 else "cell"
             parts.append(_text(x + cell_w / 2, y + cell_h / 2 + 4, number(value, digits), kind=tone))
     for j, name in enumerate(columns):
         parts.append(_text(left + (j + 0.5) * cell_w, height - 24, name))

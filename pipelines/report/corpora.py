@@ -238,7 +238,7 @@ def decided_by(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     related = [n for n in named if _related(n, reason)] or [n for n in named if _related(n, stage)]
     if "duplicate" in reason:
         related = [n for n in named if "distance" in n or "similarity" in n or "hamming" in n]
-    values += [(words(n), _value(row[n])) for n in related]
+    values += [(words(n.removeprefix("text_")), _value(row[n])) for n in related]
     return tuple(values[:4])
 
 

@@ -15,7 +15,7 @@ from pipelines.report.wording import brief, count, words
 LANGUAGES = 12  # rows of the table; the others are added up
 # The columns that stages write; the first that is there is used.
 LANGUAGE = ("text_language", "anchor_language", "language")
-SCORE = ("score", "image_text_score", "clip_score")
+SCORE = ("image_text_score", "pair_score", "score")
 
 
 def distributions(rows: Rows, kept: Rows | None) -> list[dict[str, Any]]:

@@ -1,0 +1,138 @@
+"""Drop-in losses: the signatures of open_clip, computed by Clew's engine.
+
+    - from open_clip.loss import ClipLoss
+    + from cl.losses import ClipLoss
+
+Memory is linear in the batch, gradients are exact whatever the number of workers, and the value is that of the global
+batch on every worker. Arguments that only choose among the original's ways of gathering (`local_loss`,
+`gather_with_grad`, `dist_impl`, `cache_labels`) are accepted and make no difference: there is one, exact way. The loss
+expects what open_clip's loops do: gradients averaged over `world_size` workers (DDP), in the default process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from cl.engine.collectives import Workers
+from cl.engine.rule import Reductions, Rule, Samples, Tile, row_sum
+from cl.engine.sweep import Tiling
+from cl.engine.symmetric import symmetric_infonce
+from cl.engine.tiles import evaluate, sides_of
+from cl.errors import ConfigError
+
+
+def _workers(world_size: int) -> Workers:
+    workers = Workers.current()
+    if workers.size != world_size:
+        raise ConfigError(
+            f"The loss was made for world_size={world_size}, but torch.distributed has {workers.size} worker(s)."
+        )
+    return workers
+
+
+def _weight(features: Tensor) -> Tensor:
+    kind = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return torch.ones(len(features), dtype=kind, device=features.device)
+
+
+class ClipLoss(nn.Module):
+    """The symmetric softmax loss with the signature of `open_clip.loss.ClipLoss`.
+
+    Raises:
+        ConfigError: `use_horovod`, or a `world_size` that is not that of the process group.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ConfigError("cl.losses.ClipLoss works on torch.distributed, not on Horovod.")
+        self.rank, self.world_size = rank, world_size
+        self.tiling = Tiling()
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of the global batch.
+
+        Args:
+            image_features, text_features: normalised embeddings [B, D] of this worker.
+            logit_scale: 0-d, the inverse temperature (not its log).
+            logit_bias: 0-d or None; a softmax does not change with it, so its gradient is 0.
+            output_dict: return {"contrastive_loss": loss}.
+        """
+        loss, _, _ = symmetric_infonce(
+            image_features,
+            text_features,
+            logit_scale,
+            layout=_workers(self.world_size).layout(len(image_features), image_features.device),
+            weight=_weight(image_features),
+            tiling=self.tiling,
+        )
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class _Sigmoid(Rule):
+    def __init__(self, scale: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.tensors = (scale, bias)
+
+    def learnt(self) -> Sequence[Tensor]:
+        return self.tensors
+
+    def tile(self, t: Tile) -> Reductions:
+        scale, bias = self.tensors
+        logits = scale * t.scores + bias
+        return {"loss": row_sum(softplus(torch.where(t.own, -logits, logits)))}
+
+    def finish(self, s: Samples) -> Tensor:
+        return s["loss"]
+
+
+class SigLipLoss(nn.Module):
+    """The sigmoid loss with the signature of `open_clip.loss.SigLipLoss`.
+
+    Raises:
+        ConfigError: a `world_size` that is not that of the process group.
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.tiling = Tiling()
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of the global batch; arguments as in `ClipLoss`, with a bias that counts."""
+        workers = _workers(self.world_size)
+        weight = _weight(image_features)
+        layout = workers.layout(len(weight), weight.device)
+        sides = sides_of({"image": image_features, "text": text_features}, layout, weight)
+        loss, _ = evaluate(_Sigmoid(logit_scale, logit_bias), sides, workers, tiling=self.tiling)
+        return {"contrastive_loss": loss} if output_dict else loss

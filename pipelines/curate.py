@@ -8,7 +8,6 @@ never interrupted; a finished run returns at once.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from cl.errors import ConfigError, DataError
 from cl.run import write_run_info
 from pipelines.annotate import annotate, annotated_file, build_funnel, write_funnel
 from pipelines.execute import execute, reduce_node
+from pipelines.paths import absolute
 from pipelines.plan import Plan, build_plan, dump_stages, parse_stages, segments
 from pipelines.stages.base import Stage
 from pipelines.stages.locate import Locate
@@ -64,8 +64,8 @@ def curate(cfg: CurateConfig) -> CurateResult:
         ConfigError: the config cannot be run; raised before Ray starts.
         DataError: the corpus cannot be used, every sample was dropped, or the disk is full.
     """
-    corpus = open_corpus(_absolute(cfg.corpus))
-    out = _absolute(cfg.out)
+    corpus = open_corpus(absolute(cfg.corpus))
+    out = absolute(cfg.out)
     _check_places(corpus.root, out)
     plan, columns = _plan(cfg, corpus, out)
     key = run_key(plan, cfg.write)
@@ -83,11 +83,6 @@ def curate(cfg: CurateConfig) -> CurateResult:
     return result
 
 
-def _absolute(path: str) -> str:
-    """A local path from the root, because workers may run elsewhere; URLs as they are."""
-    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
 def _check_places(corpus: str, out: str) -> None:
     if out == corpus or out.startswith(f"{corpus}/"):
         raise ConfigError(f"out ({out}) must lie outside the corpus that is read ({corpus}).")
@@ -103,7 +98,7 @@ def _check_places(corpus: str, out: str) -> None:
 
 def _plan(cfg: CurateConfig, corpus: Corpus, out: str) -> tuple[Plan, list[str]]:
     """The plan with the stages around the user's: finding the bytes, and placing what is kept."""
-    model = None if cfg.model is None else _absolute(cfg.model)
+    model = None if cfg.model is None else absolute(cfg.model)
     stages: list[Stage] = [stage for stage in cfg.stages if not isinstance(stage, Locate)]
     if corpus.kind == "image-text":
         stages.insert(0, Locate())

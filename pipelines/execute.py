@@ -179,7 +179,7 @@ def _reduce(plan: Plan, number: int) -> None:
     partials = [storage.read_table(plan.file(Step(number, "partial"), fragment)) for fragment in fragments]
     result = stage.reduce(
         [partial.replace_schema_metadata(None) for partial in partials],
-        Context(_NodeColumns(plan, number), plan.seed, len(fragments)),
+        Context(_NodeColumns(plan, number), plan.corpus.kind, plan.seed, len(fragments)),
     )
     folder = plan.folder(number, "reduced")
     if isinstance(result, pa.Table):

@@ -44,6 +44,7 @@ class Node:
 
     Attributes:
         sources: column it reads -> number of the node that wrote it, None for a column of the corpus.
+        made: the columns it writes.
         after: number of the last node before it that could drop rows, None if there is none.
         key: 32 hex digits, see the module's text.
     """
@@ -53,6 +54,7 @@ class Node:
     stage: Stage
     sources: dict[str, int | None]
     after: int | None
+    made: list[pa.Field]
     key: str
 
 
@@ -84,7 +86,7 @@ class Plan:
         return storage.join(self.folder(step.node, kind), f"{fragment:05d}.parquet")
 
     def made(self, node: int) -> list[pa.Field]:
-        return self.nodes[node].stage.makes(self.corpus.kind)
+        return self.nodes[node].made
 
     def last_drop(self) -> int | None:
         """The last node that could drop rows: its survivors are what the plan keeps."""
@@ -155,13 +157,15 @@ def build_plan(corpus: Corpus, stages: Sequence[Stage], out: str, seed: int, mod
     for number, unresolved in enumerate(complete):
         stage = unresolved.resolve(model, kind)
         sources = _sources(stage, stage.needs(kind), columns, complete, kind)
-        parts = [config_digest({"name": stage.name, "version": stage.version, "fields": stage.model_dump(mode="json")})]
+        fields = stage.model_dump(mode="json", exclude=set(stage.unkeyed))
+        parts = [config_digest({"name": stage.name, "version": stage.version, "fields": fields})]
         parts += [stage.digest(), str(seed) if stage.seeded else "", origin]
         parts += [f"{column}={nodes[source].key}" for column, source in sorted(sources.items()) if source is not None]
         parts.append("" if after is None else nodes[after].key)
         key = blake3("\0".join(parts).encode()).hexdigest(length=16)
-        nodes.append(Node(number, stage.name, stage, sources, after, key))
-        for made in stage.makes(kind):
+        makes = stage.makes(kind)
+        nodes.append(Node(number, stage.name, stage, sources, after, makes, key))
+        for made in makes:
             if made.name in RESERVED:
                 raise ConfigError(f"Stage {stage.name!r} writes column {made.name!r}, a name that Clew itself uses.")
             writer = columns.get(made.name)

@@ -94,6 +94,7 @@ class Stage(Config):
     version: ClassVar[int] = 1  # raise it when the same config gives other results
     kinds: ClassVar[tuple[Kind, ...]] = ("image-text", "text-text")  # corpora it works on
     drops: ClassVar[bool] = False  # whether it may drop or quarantine rows
+    unkeyed: ClassVar[frozenset[str]] = frozenset()  # fields that do not change its results
     seeded: ClassVar[bool] = False  # whether its results depend on the run's seed
     pixels: ClassVar[bool] = False  # whether it looks at decoded images (`measure`)
     broken_reason: ClassVar[str] = "undecodable_image"  # the quarantine's reason for its broken rows
@@ -176,6 +177,7 @@ class Context:
     """What a reduction may use beside the partials."""
 
     columns: Columns
+    kind: Kind
     seed: int
     fragments: int
 

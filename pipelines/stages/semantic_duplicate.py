@@ -1,0 +1,107 @@
+"""Rows of a cluster whose embeddings are nearly the same: SemDeDup (Abbas et al. 2023).
+
+Within each cluster rows are taken from the farthest to the centre to the nearest (or the reverse), ties by id. A row
+whose cosine to an earlier one exceeds 1 - epsilon is dropped. The paper compares with every earlier row, dropped ones
+included, so that chains of likenesses can empty a region; the default here compares with kept rows alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from cl.corpus import VIEWS, Kind
+from pipelines.keyed import id_text, id_words
+from pipelines.stages.base import Context, GlobalStage, Output, Rows, internal, vectors
+from pipelines.stages.exact_duplicate import REDUCED, duplicates
+from pipelines.stages.registry import STAGES
+
+PARTIAL = pa.schema([("cluster", pa.int64()), ("distance", pa.float64()), ("id0", pa.uint64()), ("id1", pa.uint64())])
+BLOCK = 1024  # rows compared at a time
+
+
+def greedy_duplicates(points: np.ndarray, threshold: float, kept_only: bool = True) -> np.ndarray:
+    """For each row of float32 [n, D] in its order: the earlier row that it duplicates, or -1; int64 [n].
+
+    A row duplicates the first earlier one (kept one, if `kept_only`) whose cosine with it exceeds the threshold.
+    """
+    of = np.full(len(points), -1, np.int64)
+    for start in range(0, len(points), BLOCK):
+        block = points[start : start + BLOCK]
+        before = np.flatnonzero(of[:start] < 0) if kept_only else np.arange(start)
+        if len(before):
+            near = block @ points[before].T > threshold
+            of[start : start + len(block)] = np.where(near.any(1), before[near.argmax(1)], -1)
+        within = block @ block.T > threshold
+        for row in range(1, len(block)):
+            if of[start + row] >= 0:
+                continue
+            earlier = within[row, :row] & (of[start : start + row] < 0) if kept_only else within[row, :row]
+            if earlier.any():
+                of[start + row] = start + int(earlier.argmax())
+    return of
+
+
+@STAGES.register(
+    "semantic_duplicate",
+    "Drop rows whose embedding nearly equals that of a kept row of the same cluster",
+    "SemDeDup: Data-efficient learning at web-scale through semantic deduplication",
+)
+class SemanticDuplicate(GlobalStage):
+    """The reduction holds the embeddings of all living rows in float16."""
+
+    drops: ClassVar[bool] = True
+
+    epsilon: float = Field(0.05, ge=0, le=2, description="1 - cosine below which two rows are duplicates")
+    column: str | None = Field(None, description="embedding; None: image_embedding, or anchor_embedding of text pairs")
+    first: Literal["farthest", "closest"] = Field(
+        "farthest", description="which rows of a cluster come first, and stay"
+    )
+    compare: Literal["kept", "all"] = Field(
+        "kept", description="with kept rows alone, or with all earlier ones (paper)"
+    )
+
+    def _column(self, kind: Kind) -> str:
+        return self.column or f"{next(iter(VIEWS[kind]))}_embedding"
+
+    def needs(self, kind: Kind) -> list[str]:
+        return [self._column(kind), "cluster", "cluster_distance"]
+
+    def makes(self, kind: Kind) -> list[pa.Field]:
+        return [internal("semantic_duplicate_of", pa.string())]
+
+    def partial(self, rows: Rows) -> pa.Table:
+        words = id_words(rows.table["id"].to_pylist())
+        distance = rows.numbers("cluster_distance")
+        columns = [rows.table["cluster"].cast(pa.int64()), -distance if self.first == "farthest" else distance]
+        point = rows.table[self._column(rows.corpus.kind)].combine_chunks()
+        table = pa.table([*columns, words[:, 0], words[:, 1]], schema=PARTIAL)
+        return table.append_column("point", point)
+
+    def reduce(self, partials: list[pa.Table], context: Context) -> list[pa.Table]:
+        table = pa.concat_tables(partials)
+        cluster, first, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)
+        points = table["point"]
+        order = np.lexsort((id1, id0, first, cluster))
+        of = np.full(len(order), -1, np.int64)
+        bounds = np.flatnonzero(np.diff(cluster[order], prepend=-1, append=-1)) if len(order) else np.zeros(0, int)
+        for start, end in itertools.pairwise(bounds.tolist()):
+            rows = order[start:end]
+            found = greedy_duplicates(vectors(points.take(pa.array(rows))), 1 - self.epsilon, self.compare == "kept")
+            hit = found >= 0
+            of[rows[hit]] = rows[found[hit]]
+        ids = np.stack([id0, id1], 1)
+        out, base = [], 0
+        for partial in partials:
+            mine = of[base : base + partial.num_rows]
+            dropped = np.flatnonzero(mine >= 0)
+            out.append(pa.table([pa.array(dropped, pa.int32()), id_text(ids[mine[dropped]])], schema=REDUCED))
+            base += partial.num_rows
+        return out
+
+    def apply(self, rows: Rows, reduced: pa.Table) -> Output:
+        return duplicates(len(rows), reduced, "semantic_duplicate_of", "semantic_duplicate")

@@ -16,7 +16,6 @@ import html
 import io
 import json
 import re
-import subprocess
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -29,16 +28,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.sample.planted import Planted, plant_images, plant_texts, truncated_tar
+from pipelines.sample.sources import SOURCES, fetch
 
-SOURCES = {  # archive -> sha256
-    "openclipart-svg_1%3a0.18+dfsg-19_all.deb": "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
-    "openclipart-png_1%3a0.18+dfsg-19_all.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
-    "wordnet-base_1%3a3.0-37_all.deb": "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
-    "emoji-datasource-google-16.0.0.tgz": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    "emoji-datasource-twitter-16.0.0.tgz": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-    "cldr-annotations-full-48.2.0.tgz": "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
-    "cldr-annotations-derived-full-48.2.0.tgz": "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
-}
 CLIPART_SIZE, EMOJI_SIZE = 64, 48  # pixels, square
 MOST_PIXELS = 50_000_000
 CLIPART_TRAIN, PER_SHARD = 3000, 1500  # samples
@@ -70,28 +61,6 @@ def bucket(text: str, salt: str) -> int:
 def order(text: str) -> str:
     """A stable pseudo-random sort key."""
     return hashlib.sha256(f"order\0{text}".encode()).hexdigest()
-
-
-def fetch(archive: str, cache: Path) -> Path:
-    """Download one archive with its own package manager, check its digest, unpack it; returns the folder."""
-    file, folder = cache / archive, cache / "unpacked" / archive
-    cache.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        name, _, version = archive.rsplit(".", 1)[0].rpartition("-")
-        if archive.endswith(".deb"):
-            name, version = archive.split("_")[:2]
-            command = ["apt-get", "download", "-o", "APT::Sandbox::User=root", f"{name}={version.replace('%3a', ':')}"]
-        else:
-            command = ["npm", "pack", "--silent", f"{name}@{version}"]
-        subprocess.run(command, cwd=cache, check=True)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if digest != SOURCES[archive]:
-        raise SystemExit(f"{file} has sha256 {digest}, expected {SOURCES[archive]}.")
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        unpack = ["dpkg-deb", "-x", str(file), str(folder)] if archive.endswith(".deb") else None
-        subprocess.run(unpack or ["tar", "xzf", str(file), "-C", str(folder), "--strip-components=1"], check=True)
-    return folder
 
 
 def jpeg(picture: Image.Image, side: int, quality: int = 75) -> bytes:
@@ -231,7 +200,7 @@ def emoji(vendor: str, folder: Path, names: dict[str, tuple[str, list[str]]]) ->
     return sorted(train, key=lambda s: order(s.key)), sorted(heldout, key=lambda s: order(s.key))
 
 
-def wordnet(folder: Path) -> list[dict[str, str]]:
+def wordnet(folder: Path) -> list[dict[str, Any]]:
     """Pairs of a synset's words and its gloss, in pseudo-random order."""
     rows = []
     for part in ("noun", "verb", "adj", "adv"):
@@ -269,7 +238,7 @@ def write_tar(path: Path, samples: list[Any]) -> None:
                 tar.addfile(header, io.BytesIO(data))
 
 
-def write_parquet(path: Path, rows: list[dict[str, str | None]]) -> None:
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("synset", "query", "positive")}
     pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=2000)
@@ -311,7 +280,7 @@ def build(out: Path, cache: Path) -> None:
     pairs = wordnet(wn / share / "wordnet")
     text_rows, text_planted = plant_texts(pairs[TEXT_HELDOUT : TEXT_HELDOUT + TEXT_TRAIN])
     write_parquet(out / "text/train.parquet", text_rows)
-    write_parquet(out / "text/heldout.parquet", list(pairs[:TEXT_HELDOUT]))
+    write_parquet(out / "text/heldout.parquet", pairs[:TEXT_HELDOUT])
     table = [each.row() for each in planted] + cut + text_planted
     (out / "planted.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     files = sorted(p.relative_to(out).as_posix() for s in ("*.tar", "*.parquet", "planted.json") for p in out.rglob(s))

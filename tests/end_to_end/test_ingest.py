@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -185,9 +186,9 @@ def test_killed_in_mid_run_and_started_again_gives_the_same_bytes(ray_session: N
     assert tree(killed) == tree(whole)
 
 
-def sentence(**config: object) -> str:
+def sentence(**config: Any) -> str:
     with pytest.raises(DataError) as error:
-        ingest(IngestConfig(**config))  # type: ignore[arg-type]
+        ingest(IngestConfig(**config))
     text = str(error.value)
     assert "\n" not in text
     assert text.endswith((".", ")"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +27,7 @@ from pipelines.readers.text import TextReader
 from pipelines.shards import Task, ingest_shard
 
 
-def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), **options: object) -> bytes:
+def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
     out = io.BytesIO()
     Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB").save(out, kind, **options)
     return out.getvalue()
@@ -49,7 +51,7 @@ def read(path: Path, block_bytes: int = 4096, **columns: str) -> list[Record]:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {})])
-def test_every_truncation_of_an_image_is_seen(kind: str, options: dict[str, object]) -> None:
+def test_every_truncation_of_an_image_is_seen(kind: str, options: dict[str, Any]) -> None:
     data = picture(kind, **options)
     assert probe(data) == ImageInfo(kind.lower(), 40, 30)
     for length in range(1, len(data) - 1, 7):
@@ -143,7 +145,11 @@ def test_a_repeated_key_keeps_the_first(tmp_path: Path) -> None:
         ("a.txt", b"two"),
     ]
     records = read(tar(tmp_path / "x.tar", files))
-    assert [r.text if isinstance(r, ImageSample) else r.reason for r in records] == ["one", "b", "duplicate_key"]
+    assert [r.reason if isinstance(r, Rejected) else getattr(r, "text", None) for r in records] == [
+        "one",
+        "b",
+        "duplicate_key",
+    ]
 
 
 def test_captions_from_the_metadata(tmp_path: Path) -> None:
@@ -241,7 +247,7 @@ def test_json_lines_row_by_row(tmp_path: Path) -> None:
     ]
     path.write_bytes(b"\n".join([*lines, b'{"anchor": "y", "positive": "z", "negatives": "n"}']))
     got = rows(path)
-    assert [r.key if isinstance(r, TextSample) else r.reason for r in got] == [
+    assert [r.reason if isinstance(r, Rejected) else r.key for r in got] == [
         "0",
         "invalid_json",
         "invalid_utf8",
@@ -366,3 +372,21 @@ def test_a_shard_that_vanishes_is_quarantined(tmp_path: Path) -> None:
     options = {"kind": "image-text", "columns": {}, "max_pixels": 10**6, "chunk_bytes": 4096, "chunk_rows": 4}
     record = ingest_shard(Task(0, shard, options, str(tmp_path / "out")))
     assert record["reasons"] == {"unreadable_shard": 1}
+
+
+def test_shards_and_corpora_may_be_anywhere_fsspec_reaches(tmp_path: Path) -> None:
+    import fsspec
+
+    files = [(f"{i}.{s}", d) for i in range(5) for s, d in (("jpg", picture()), ("txt", b"t"))]
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/s-0.tar", tar(tmp_path / "s-0.tar", files).read_bytes())
+    [shard], _ = find_shards(["memory://bucket"], "auto", None)
+    assert shard.url == "memory:///bucket/s-0.tar"
+    options = {"kind": "image-text", "columns": {}, "max_pixels": 10**6, "chunk_bytes": 4096, "chunk_rows": 4}
+    task = Task(0, shard, options, "memory://corpus")
+    assert ingest_shard(task)["samples"] == 5
+    assert task.done() is not None
+    memory.pipe("/bucket/lines.jsonl.gz", gzip.compress(b'{"anchor": "a", "positive": "b"}\n'))
+    [lines], kind = find_shards(["memory://bucket/lines.jsonl.gz"], "auto", None)
+    assert kind == "text-text"
+    assert ingest_shard(Task(1, lines, options | {"kind": kind}, "memory://corpus"))["samples"] == 1

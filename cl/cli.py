@@ -323,6 +323,8 @@ def _sentence(error: Exception) -> str | None:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"No space is left on the disk{f' of {cause.filename}' if cause.filename else ''}."
+        if "No space left on device" in str(cause):  # libraries that are not written in Python say it in words
+            return f"No space is left on the disk: {' '.join(str(cause).split())[:200]}"
         cause = cause.__cause__ or cause.__context__
     return None
 

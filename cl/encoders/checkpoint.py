@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cl import storage
@@ -50,6 +51,8 @@ def save_model(model: EncoderModel, cfg: ModelConfig, folder: str | Path, write_
             storage.write_bytes(str(folder / CONFIG_FILE), b"model:\n" + _indented(dump_config(cfg)).encode())
     except OSError as error:
         raise storage.write_error(str(folder), error) from error
+    except SafetensorError as error:  # a full disk, as safetensors says it
+        raise DataError(f"{folder / WEIGHTS_FILE} cannot be written: {error}.") from error
 
 
 def _indented(text: str) -> str:

@@ -50,7 +50,7 @@ def test_same_loss_for_any_number_of_workers(
     one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
     many = losses(pool, size, tiny_run(corpus, tmp_path / "many", **fields))
     assert one[-1][0] < one[0][0] - 0.3  # it learns, so equal numbers say something
-    for alone, shared in zip(one, many):
+    for alone, shared in zip(one, many, strict=True):
         assert shared == pytest.approx(alone, rel=bound, abs=bound)
 
 
@@ -60,7 +60,7 @@ def test_resume_on_another_number_of_workers(pool: Pool, corpus: str, tmp_path: 
     fields = tiny_run(corpus, tmp_path / "moved", schedule={"kind": "constant"})
     assert pool.run(run_worker, 2, fields | {"steps": 10}) == [10, 10]
     moved = losses(pool, 3, fields)
-    for alone, shared in zip(one, moved):
+    for alone, shared in zip(one, moved, strict=True):
         assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
 
 
@@ -70,7 +70,7 @@ def test_clipping_uses_the_norm_of_the_averaged_gradient(pool: Pool, corpus: str
     one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
     two = losses(pool, 2, tiny_run(corpus, tmp_path / "two", **fields))
     assert min(norm for _, norm, _ in one) > 0.05
-    for alone, shared in zip(one, two):
+    for alone, shared in zip(one, two, strict=True):
         assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
 
 

@@ -1,0 +1,196 @@
+"""Runs in one process: learning, resuming, and what a folder that holds a run allows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cl.config import parse_config
+from cl.encoders import EncoderModel
+from cl.errors import ClewError, ConfigError, DataError
+from cl.training.callbacks import CALLBACKS, Callback, Progress
+from cl.training.config import TrainConfig
+from cl.training.finite import DivergedError
+from cl.training.metrics import MetricsWriter, read_metrics
+from cl.training.run import train
+from tests.training_corpus import tiny_run, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "squares")
+
+
+def config(corpus: str, out: Path, **fields: Any) -> TrainConfig:
+    return parse_config(TrainConfig, tiny_run(corpus, out, **fields), "test")
+
+
+def curve(out: Path) -> list[tuple[int, int, float, float, float]]:
+    return [(r["step"], r["samples"], r["loss"], r["lr"], r["grad_norm"]) for r in read_metrics(out / "metrics.jsonl")]
+
+
+class Killed(BaseException):
+    """As sudden as a kill: nothing catches it."""
+
+
+@CALLBACKS.register("die_at", "test: end the process's run at a step")
+class DieAt(Callback):
+    def on_record(self, progress: Progress, record: dict[str, Any]) -> None:
+        if progress.step == DIE_AT:
+            raise Killed
+
+
+DIE_AT = 13
+
+
+def test_learns_and_explains_itself(corpus: str, tmp_path: Path) -> None:
+    result = train(config(corpus, tmp_path / "run", steps=60, log_every=10))
+    assert result.steps == 60
+    assert result.loss_last < 0.6 * result.loss_first
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 10, 20, 30, 40, 50, 60]
+    expected = {
+        "loss",
+        "logit_scale",
+        "lr",
+        "grad_norm",
+        "samples_per_second",
+        "data_wait",
+        "seconds",
+        "epoch",
+        "samples",
+    }
+    assert expected <= records[-1].keys()
+    # 90 samples in steps of 16: 6 steps an epoch, the last of them with 10 samples.
+    assert (records[1]["epoch"], records[1]["samples"]) == (1, 90 + 4 * 16)
+    assert result.samples == 10 * 90
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_killed_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, precision: str) -> None:
+    """Bitwise, with dropout: order, augmentation, dropout, optimizer and schedule all go on where they were."""
+    model = tiny_run(corpus, tmp_path)["model"]
+    model = json.loads(json.dumps(model))
+    model["towers"]["image"]["config"]["patch_dropout"] = 0.5
+    whole = config(corpus, tmp_path / "whole", precision=precision, model=model)
+    train(whole)
+    cut = config(corpus, tmp_path / "cut", precision=precision, model=model, callbacks=[{"name": "die_at"}])
+    with pytest.raises(Killed):
+        train(cut)
+    assert curve(tmp_path / "cut")[-1][0] == DIE_AT - 1
+    result = train(cut.model_copy(update={"callbacks": []}), resume=True)
+    assert result.resumed_from == 10
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_damaged_checkpoint_costs_steps_not_the_run(corpus: str, tmp_path: Path) -> None:
+    train(config(corpus, tmp_path / "whole"))
+    train(config(corpus, tmp_path / "run", steps=10, schedule={"kind": "constant"}))
+    weights = tmp_path / "run" / "checkpoints" / "step-00000010" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    result = train(config(corpus, tmp_path / "run", steps=12, schedule={"kind": "constant"}), resume=True)
+    assert (result.resumed_from, result.steps) == (5, 12)
+    assert [record[0] for record in curve(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_finished_run_is_returned_and_another_is_refused(corpus: str, tmp_path: Path) -> None:
+    run = config(corpus, tmp_path / "run", steps=6)
+    result = train(run)
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    assert train(run) == result
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"optimizer.lr=0.003, but this config has optimizer.lr=0.1"):
+        train(config(corpus, tmp_path / "run", steps=6, optimizer={"lr": 0.1}), resume=True)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config(corpus, tmp_path / "run", steps=8))
+    longer = train(config(corpus, tmp_path / "run", steps=8, log_every=2), resume=True)
+    assert (longer.steps, longer.resumed_from) == (8, 6)
+
+
+def test_foreign_checkpoints_are_not_taken_for_own(corpus: str, tmp_path: Path) -> None:
+    train(config(corpus, tmp_path / "one", steps=5))
+    place = {"every_steps": 5, "path": str(tmp_path / "one" / "checkpoints")}
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        train(config(corpus, tmp_path / "two", steps=5, checkpoint=place))
+
+
+def test_other_samples_are_refused_on_resume(corpus: str, tmp_path: Path) -> None:
+    train(config(corpus, tmp_path / "run", steps=5))
+    other = write_corpus(tmp_path / "other", samples=50)
+    with pytest.raises(DataError, match="order of samples"):
+        train(config(other, tmp_path / "run", steps=9), resume=True)
+
+
+def test_diverged_run_names_step_and_samples(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError) as caught:
+        train(config(corpus, tmp_path / "run", callbacks=[{"name": "poison"}]))
+    message = str(caught.value)
+    assert "step 4" in message
+    assert "worker 0: 16 of 16 samples, ids " in message
+
+
+@CALLBACKS.register("poison", "test: put a NaN into the weights after step 3")
+class Poison(Callback):
+    def on_record(self, progress: Progress, record: dict[str, Any]) -> None:
+        if progress.step == 3:
+            assert isinstance(progress.model, EncoderModel)
+            with torch.no_grad():
+                next(progress.model.towers["image"].parameters()).fill_(torch.nan)
+
+
+def test_callback_stops_a_run_with_a_checkpoint(corpus: str, tmp_path: Path) -> None:
+    stop = {"name": "stop_at_loss", "loss": 2.5}
+    result = train(config(corpus, tmp_path / "run", steps=200, callbacks=[stop]))
+    assert result.steps < 200
+    assert result.loss_last <= 2.5
+    assert result.checkpoint.endswith(f"step-{result.steps:08d}")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"corpus": "/nowhere/at/all"}, "Corpus /nowhere/at/all does not exist"),
+        ({"callbacks": [{"name": "stop_at_los"}]}, "Did you mean 'stop_at_loss'"),
+        ({"callbacks": [{"name": "stop_at_loss"}]}, "'loss' is required"),
+    ],
+)
+def test_refused_before_anything_is_written(corpus: str, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    change = dict(change)
+    with pytest.raises(ClewError, match=words):
+        train(config(change.pop("corpus", corpus), tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    with MetricsWriter(str(tmp_path), 0) as writer:
+        for step in range(1, 8):
+            writer.write({"step": step, "loss": 1.0 / step})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 8, "lo')  # a writer killed in mid-line
+    with MetricsWriter(str(tmp_path), 5) as writer:
+        writer.write({"step": 6, "loss": 0.5})
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert _board_steps(tmp_path / "tensorboard") == [1, 2, 3, 4, 5, 6]
+
+
+def _board_steps(folder: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return [event.step for event in board.Scalars("train/loss")]
+
+
+def test_weights_of_a_finished_run_are_a_start(corpus: str, tmp_path: Path) -> None:
+    train(config(corpus, tmp_path / "first", steps=10))
+    model = tiny_run(corpus, tmp_path)["model"] | {"weights": str(tmp_path / "first")}
+    shutil.rmtree(tmp_path / "first" / "tensorboard")
+    second = train(config(corpus, tmp_path / "second", steps=5, model=model))
+    assert second.loss_first < train(config(corpus, tmp_path / "fresh", steps=5)).loss_first

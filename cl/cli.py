@@ -185,7 +185,7 @@ _config_command(
     "Filter, deduplicate, score and select.",
     "Filter, deduplicate, score, cluster and select a corpus's samples, and write the chosen ones as new shards.\n\n"
     "Every dropped sample keeps its reason. Killed and started again, it goes on and ends with the same bytes.",
-    ("clew curate sample corpus=runs/corpus out=runs/curated", "clew curate sample --print-config"),
+    ("clew curate sample corpus=runs/corpus model=runs/scorer out=runs/curated", "clew curate sample --print-config"),
     "pipelines.curate:CurateConfig",
     "pipelines.curate:curate",
 )
@@ -194,8 +194,8 @@ _config_command(
     "Pretrain a contrastive model.",
     "Pretrain a contrastive model on one or more corpora, with negatives from all workers.",
     (
-        "clew train sample corpus=runs/curated out=runs/model",
-        "clew train sample corpus=runs/curated out=runs/model optimizer.lr=1e-3 workers.count=2 --resume",
+        "clew train sample-clip corpus=runs/curated out=runs/model",
+        "clew train sample-clip corpus=runs/curated out=runs/model optimizer.lr=1e-3 workers.count=2 --resume",
     ),
     "cl.training.config:TrainConfig",
     "cl.training.run:train",
@@ -205,7 +205,7 @@ _config_command(
     "eval",
     "Measure a trained model.",
     "Measure a trained model: retrieval, zero-shot classification, alignment and uniformity, with chance beside them.",
-    ("clew eval sample checkpoint=runs/model out=runs/eval",),
+    ("clew eval sample checkpoint=runs/model corpora.unseen=runs/heldout out=runs/eval",),
     "cl.evaluation.run:EvalConfig",
     "cl.evaluation.run:evaluate",
 )
@@ -213,7 +213,7 @@ _config_command(
     "sweep",
     "Try many settings of a training run.",
     "Try many settings of a training run at an equal budget of samples, and rank them by a metric.",
-    ("clew sweep sample out=runs/sweep",),
+    ("clew sweep sample train.corpus=runs/curated validation.unseen=runs/heldout out=runs/sweep",),
     "cl.sweeps.config:SweepConfig",
     "cl.sweeps.run:sweep",
 )

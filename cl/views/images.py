@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-MAX_PIXELS = 89_478_485  # PIL's own bound on decompression bombs: 256 MiB of RGB
+MAX_PIXELS = 100_000_000  # the bound of `clew ingest` too; more is taken for a decompression bomb
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 _MASK = (1 << 64) - 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,17 @@ def encoded_image(seed: int, width: int, height: int, kind: str = "JPEG") -> byt
 
 
 def image_corpus(
-    root: Path, fragments: int = 3, rows: int = 40, row_group: int = 10, broken: tuple[int, ...] = ()
+    root: Path,
+    fragments: int = 3,
+    rows: int = 40,
+    row_group: int = 10,
+    broken: tuple[int, ...] = (),
+    encode: Callable[[int], bytes] | None = None,
 ) -> Corpus:
-    """An image-text corpus with its own shards; sample numbers in `broken` have a truncated JPEG."""
+    """An image-text corpus with its own shards; sample numbers in `broken` have a truncated image.
+
+    Pictures are small, of any size and some of them PNG, or the JPEGs that `encode` makes of a sample's number.
+    """
     made = []
     for f in range(fragments):
         table: dict[str, list] = {name: [] for name in sample_schema("image-text").names}
@@ -45,13 +54,18 @@ def image_corpus(
                 number = f * rows + r
                 kind = "PNG" if number % 5 == 0 else "JPEG"
                 width, height = 60 + number % 50, 60 + number % 30
-                data = encoded_image(number, width, height, kind)
+                if encode is not None:
+                    kind, data = "JPEG", encode(number)
+                else:
+                    data = encoded_image(number, width, height, kind)
                 if number in broken:
                     data = data[: len(data) // 2]
-                member = tarfile.TarInfo(f"{number:06d}.{kind.lower()}")
-                member.size = len(data)
+                text = f"picture number {number} of the test corpus"
                 offset = archive.tell() + 512
-                tar.addfile(member, io.BytesIO(data))
+                for suffix, content in (("png" if kind == "PNG" else "jpg", data), ("txt", text.encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
                 values = {
                     "id": sample_id("test", str(number)),
                     "source": "test",
@@ -64,7 +78,7 @@ def image_corpus(
                     "format": kind.lower(),
                     "width": width,
                     "height": height,
-                    "text": f"picture number {number} of the test corpus",
+                    "text": text,
                 }
                 for name, value in values.items():
                     table[name].append(value)

@@ -67,6 +67,11 @@ def _flat_space(value: Any) -> Any:
     return flat
 
 
+def _named_corpora(value: Any) -> Any:
+    """A single path stands for one corpus with the name of its folder."""
+    return {value.rstrip("/").rsplit("/", 1)[-1]: value} if isinstance(value, str) else value
+
+
 class AshaConfig(Config):
     """Asynchronous successive halving: stops trials that are behind at evaluations grace, grace x reduction, ...
 

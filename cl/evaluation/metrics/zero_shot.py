@@ -2,11 +2,13 @@
 
 For class c with prompts p_1..p_T: w_c = normalise(mean_t normalise(f(p_t(c)))); an image belongs to the class with the
 largest w_c . f(image). Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-ICML 2021. Classes come from one field of the samples' own metadata; a sample without it is left out and counted.
+ICML 2021. Classes come from one field of the samples' own metadata; a sample without it is left out
+and counted, and a corpus with fewer than two classes is passed over with a note.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -17,10 +19,12 @@ from torch.nn import functional as F
 
 from cl.config import Config
 from cl.corpus import Kind
-from cl.errors import DataError
 from cl.evaluation.items import Embedded, meta_field
 from cl.evaluation.ranks import CANDIDATES, TIE
 from cl.evaluation.registry import METRICS, Figure, Measured, Metric, share_error
+
+
+logger = logging.getLogger(__name__)
 
 
 class ZeroShotOptions(Config):
@@ -85,10 +89,9 @@ class ZeroShot(Metric[ZeroShotOptions]):
         classes = sorted({label for _, label in votes})
         if len(classes) < 2:
             found = f"only the class {classes[0]!r}" if classes else "no class"
-            raise DataError(
-                f"zero_shot needs at least two classes, but the metadata field {self.options.label!r} of "
-                f"{data.samples} samples holds {found}."
-            )
+            reason = f"the metadata field {self.options.label!r} of {data.samples} samples holds {found}"
+            logger.warning("zero_shot is not measured: %s.", reason)
+            return Measured(notes={"not_measured": reason})
         number = {label: place for place, label in enumerate(classes)}
         weights = class_embeddings(data, classes, self.options)
         image = torch.tensor([i for i, _ in votes], device=weights.device)

@@ -84,7 +84,8 @@ class TrainConfig(Config):
     corpus: str | None = Field(None, description="the corpus to train on, if it is a single one")
     corpora: list[CorpusConfig] = Field([], description="the corpora to train on")
     model: ModelConfig = Field(description="towers and their views")
-    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what is learnt")
+    # A factory: to make the default loads the registry, which may import the user's package that imports this module.
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learnt")
     batch_size: int = Field(256, ge=2, description="samples of the global batch, whatever the number of workers")
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     samples: int | None = Field(None, ge=1, description="samples seen; rounded up to whole steps")

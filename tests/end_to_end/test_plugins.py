@@ -137,6 +137,7 @@ def test_they_are_listed_beside_clews_own(site: str, tmp_path: Path) -> None:
         ("stages", "shout", "Drop anchors in capital letters.", ""),
     ]:
         done = clew(command, "--json", cwd=tmp_path, PYTHONPATH=site)
+        assert done.returncode == 0, done.stderr[-3000:]
         rows = {row["name"]: row for row in json.loads(done.stdout)}
         assert rows[name] == {"name": name, "summary": summary, "paper": paper}
         assert len(rows) > 1
@@ -148,7 +149,7 @@ def test_they_are_used(site: str, tmp_path: Path) -> None:
     pairs = [(f"question {n}" if n % 4 else f"QUESTION {n}", f"answer {n}") for n in range(32)]
     corpus = write_text_corpus(tmp_path / "pairs", pairs)
 
-    curate = {"corpus": corpus, "out": "curated", "stages": [{"stage": "shout"}]}
+    curate = {"corpus": corpus, "out": "curated", "stages": ["shout"]}
     (tmp_path / "curate.yaml").write_text(yaml.safe_dump(curate))
     done = clew("curate", "curate.yaml", "--json", cwd=tmp_path, PYTHONPATH=site)
     assert done.returncode == 0, done.stderr[-3000:]

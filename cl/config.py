@@ -124,7 +124,7 @@ def load_tree(kind: str, name: str, above: tuple[Path, ...] = ()) -> dict[str, A
 def is_override(argument: str) -> bool:
     """Whether a command-line word has the form `section.field=value`."""
     name, equals, _ = argument.partition("=")
-    return bool(equals) and all(part.isidentifier() or part.isdigit() for part in name.split("."))
+    return bool(equals) and all(re.fullmatch(r"\w[\w-]*", part) for part in name.split("."))
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

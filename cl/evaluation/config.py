@@ -63,7 +63,7 @@ class EvalConfig(Config):
     """An evaluation of one checkpoint on any number of corpora."""
 
     checkpoint: str = Field(description="a checkpoint folder, or a training run (its newest checkpoint)")
-    corpora: Corpora = Field(min_length=1, description="name -> path, or {path, metrics, limit}")
+    corpora: Corpora = Field({}, description="at least one: name -> path, or {path, metrics, limit}")
     metrics: MetricList | None = Field(
         None, description="names or {name: options}; null: every metric that fits the corpus and needs no options"
     )

@@ -131,6 +131,8 @@ def evaluate(cfg: EvalConfig) -> EvalResult:
     Raises:
         ConfigError, DataError: see `make_metrics`, `open_corpus`, `embed_corpus`.
     """
+    if not cfg.corpora:
+        raise ConfigError("corpora names nothing to evaluate on: give corpora.NAME=PATH.")
     opened = open_evals(cfg.corpora, cfg.metrics)
     device = pick_device(cfg.device)
     with write_run_info(cfg.out, "eval", cfg) as info:

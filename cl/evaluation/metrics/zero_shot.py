@@ -23,7 +23,6 @@ from cl.evaluation.items import Embedded, meta_field
 from cl.evaluation.ranks import CANDIDATES, TIE
 from cl.evaluation.registry import METRICS, Figure, Measured, Metric, share_error
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -94,6 +94,7 @@ class BatchPlan:
         _, firsts = np.unique(lanes[order], return_index=True)
         self._lanes = np.split(order, firsts[1:])  # chunk numbers of each lane, in the order on disk
         self._sizes = np.array([int(self._rows[chunks].sum()) for chunks in self._lanes], dtype=np.int64)
+        self._last_cut: tuple[int, np.ndarray] | None = None
         self._epochs: OrderedDict[int, _EpochOrder] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
@@ -132,8 +133,8 @@ class BatchPlan:
         """The samples of one step over all workers."""
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"there is no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
-        start = taken(self._sizes, step * self.global_batch)
-        stop = taken(self._sizes, min((step + 1) * self.global_batch, self.samples))
+        start = self._cut(step * self.global_batch)
+        stop = self._cut(min((step + 1) * self.global_batch, self.samples))
         parts = [
             self._samples(epoch, int(lane), int(start[lane]), int(stop[lane])) for lane in np.flatnonzero(stop > start)
         ]
@@ -152,6 +153,13 @@ class BatchPlan:
     def part_bounds(self, rank: int, world: int) -> tuple[int, int]:
         """The positions of the global batch that a worker holds."""
         return rank * self.global_batch // world, (rank + 1) * self.global_batch // world
+
+    def _cut(self, position: int) -> np.ndarray:
+        """Samples of each lane before a position of the epoch; a step's end is the next one's start."""
+        found = self._last_cut
+        if found is None or found[0] != position:
+            found = self._last_cut = (position, taken(self._sizes, position))
+        return found[1]
 
     def _samples(self, epoch: int, lane: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples start..stop of a lane's order: chunk numbers and rows."""

@@ -37,13 +37,13 @@ class ChunkRows:
         ids: 128-bit sample ids, int64 [n, 2].
         content: the first 64 bits of the content hashes, int64 [n].
         table: the columns that the views need.
-        shard: place of the chunk's shards, by the name in the column `shard`.
+        shard: URL of the chunk's shards and whether it is local, by the name in the column `shard`.
     """
 
     ids: np.ndarray
     content: np.ndarray
     table: pa.Table
-    shard: dict[str, str]
+    shard: dict[str, tuple[str, bool]]
 
     def text(self, column: str, row: int) -> str:
         """One string."""
@@ -94,9 +94,9 @@ class CorpusReader:
             DataError: the shard is missing.
         """
         rows = self.rows(chunk)
-        url = rows.shard[rows.text("shard", row)]
+        url, local = rows.shard[rows.text("shard", row)]
         offset, length = int(rows.table["offset"][row].as_py()), int(rows.table["length"][row].as_py())
-        if storage.is_local(url):
+        if local:
             return os.pread(self._file(url).fileno(), length, offset)
         spans = self._spans.get(chunk, lambda: self._read_spans(rows))
         if url in spans:
@@ -136,16 +136,19 @@ class CorpusReader:
         table = self._read_columns(chunk, self._columns)
         ids, content = hex_words(table["id"]), hex_words(table["content"])[:, 0].copy()
         corpus = self.plan.corpora[self.plan.chunk(chunk).corpus]
-        shard: dict[str, str] = {}
-        if "shard" in table.column_names:
-            shard = {name: corpus.shard_url(name) for name in pc.unique(table["shard"]).to_pylist()}
+        shard: dict[str, tuple[str, bool]] = {}
+        for name in pc.unique(table["shard"]).to_pylist() if "shard" in table.column_names else ():
+            url = corpus.shard_url(name)
+            shard[name] = (url, storage.is_local(url))
         light = table.drop_columns(["id", "content"]).combine_chunks()
         return ChunkRows(ids, content, light, shard), int(light.nbytes + ids.nbytes + content.nbytes)
 
     def _read_spans(self, rows: ChunkRows) -> tuple[dict[str, tuple[int, bytes]], int]:
         """The stretch of each remote shard that holds a chunk's images, where it is not mostly other bytes."""
         spans: dict[str, tuple[int, bytes]] = {}
-        for name, url in rows.shard.items():
+        for name, (url, local) in rows.shard.items():
+            if local:
+                continue
             mine = rows.table.filter(pc.equal(rows.table["shard"], name))
             starts = mine["offset"].to_numpy()
             stops = starts + mine["length"].to_numpy()

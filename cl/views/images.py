@@ -41,10 +41,10 @@ class Augmentation:
     flip: float = 0.0
 
 
-def uniforms(seed: int, count: int) -> list[float]:
-    """`count` numbers in [0, 1) that depend on the seed alone (splitmix64)."""
+def uniforms(seed: int, count: int, skip: int = 0) -> list[float]:
+    """`count` numbers in [0, 1) that depend on the seed alone (splitmix64), after the first `skip`."""
     out = []
-    for step in range(1, count + 1):
+    for step in range(skip + 1, skip + count + 1):
         z = (seed + step * 0x9E3779B97F4A7C15) & _MASK
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -60,9 +60,8 @@ def crop_box(width: int, height: int, size: int, augmentation: Augmentation | No
     if augmentation is not None:
         low, high = augmentation.scale
         ratios = [math.log(r) for r in augmentation.ratio]
-        draws = uniforms(seed, 40)
         for attempt in range(10):
-            u_area, u_ratio, u_x, u_y = draws[4 * attempt : 4 * attempt + 4]
+            u_area, u_ratio, u_x, u_y = uniforms(seed, 4, skip=4 * attempt)
             area = width * height * (low + u_area * (high - low))
             ratio = math.exp(ratios[0] + u_ratio * (ratios[1] - ratios[0]))
             crop_w, crop_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

@@ -117,4 +117,5 @@ def test_uniform_numbers() -> None:
     assert 0 <= draws.min() < draws.max() < 1
     assert np.abs(draws.mean(0) - 0.5).max() < 0.03
     assert np.abs(np.corrcoef(draws.T) - np.eye(5)).max() < 0.1
+    assert uniforms(7, 3, skip=2) == uniforms(7, 5)[2:]
     assert uniforms(0, 1) == [0.8833108082136426]  # splitmix64's first output for seed 0

@@ -54,7 +54,7 @@ class EmbedResult(BaseModel):
 
 
 class _EmbedFragments:
-    """Embeds the fragments whose numbers arrive; one instance an actor."""
+    """Embeds fragments; one instance an actor."""
 
     def __init__(self, plan: Plan, out: str) -> None:
         self.plan, self.out = plan, out
@@ -62,10 +62,8 @@ class _EmbedFragments:
         assert isinstance(stage, Embedding)
         self.encode = stage.open()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in batch["fragment"]:
-            embed_fragment(self.plan, self.out, int(number), self.encode)
-        return batch
+    def __call__(self, number: int) -> None:
+        embed_fragment(self.plan, self.out, number, self.encode)
 
 
 def embed_fragment(plan: Plan, out: str, number: int, encode: Any) -> None:

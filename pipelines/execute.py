@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from cl import storage
+from cl import errors, storage
 from cl.errors import ClewError, DataError, user_error
 from cl.progress import progress
 from pipelines.plan import Plan, Step, pools, segments
@@ -58,19 +59,17 @@ def pending(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> list[
 
 
 class _Tasks:
-    """Steps and extras on the fragments that arrive; one instance a worker, so that models are opened once."""
+    """Steps and extras on a fragment; one instance a worker, so that models are opened once."""
 
     def __init__(self, plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> None:
         self.plan, self.steps, self.extras = plan, steps, extras
         self.opened: dict[int, Any] = {}
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in batch["fragment"]:
-            run_steps(self.plan, self.steps, int(number), self.opened)
-            for file, make in self.extras:
-                if not storage.exists(file(int(number))):
-                    make(int(number))
-        return batch
+    def __call__(self, number: int) -> None:
+        run_steps(self.plan, self.steps, number, self.opened)
+        for file, make in self.extras:
+            if not storage.exists(file(number)):
+                make(number)
 
 
 def run_pass(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra] = ()) -> None:
@@ -108,7 +107,11 @@ def fragments_through_ray(
     """Send numbers through a chain of callables over Ray Data and yield each when it has passed them all.
 
     Args:
-        operators: ((actors, CPUs, GPUs), class, its arguments); with 0 actors it runs in tasks.
+        operators: ((actors, CPUs, GPUs), class, its arguments); an instance is called with one number at a time, in
+            tasks if there are 0 actors.
+
+    Raises:
+        ClewError: the first that a callable raised.
     """
     import ray
     import ray.data
@@ -116,23 +119,49 @@ def fragments_through_ray(
     prepare_ray_data()
     cores = max(int(ray.cluster_resources().get("CPU", 1)), 1)
     blocks = min(len(numbers), BLOCKS_A_CORE * cores)
-    data: ray.data.Dataset = ray.data.from_items(
-        [{"fragment": number} for number in numbers], override_num_blocks=blocks
-    )
+    items = [{"fragment": number, "error": ""} for number in numbers]
+    data: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=blocks)
     for (actors, cpus, gpus), kind, arguments in operators:
         if actors:
             data = data.map_batches(
-                kind,
-                fn_constructor_args=arguments,
+                _Guarded,
+                fn_constructor_args=(kind, arguments),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
             )
         else:
-            data = data.map_batches(_as_function(kind(*arguments)), batch_size=1, num_cpus=cpus)
+            data = data.map_batches(_as_function(_Guarded(kind, arguments)), batch_size=1, num_cpus=cpus)
     for row in data.iter_rows():
+        if row["error"]:
+            name, text = row["error"].split(":", 1)
+            raise getattr(errors, name, ClewError)(text)
         yield int(row["fragment"])
+
+
+class _Guarded:
+    """Calls an instance of a class with each number that arrives without an error.
+
+    An error meant for the user travels on as data: Ray Data's own exceptions lose their cause on the way to the driver.
+    """
+
+    def __init__(self, kind: type, arguments: tuple[Any, ...]) -> None:
+        self.kind, self.arguments = kind, arguments
+        self.each: Callable[[int], None] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found = []
+        for number, error in zip(batch["fragment"], batch["error"], strict=True):
+            text = str(error)
+            if not text:
+                try:
+                    self.each = self.each or self.kind(*self.arguments)
+                    self.each(int(number))
+                except ClewError as refused:
+                    text = f"{type(refused).__name__}:{refused}"
+            found.append(text)
+        return {"fragment": batch["fragment"], "error": np.array(found, dtype=object)}
 
 
 def _as_function(each: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -170,7 +199,7 @@ class _NodeColumns:
         return view.column(column, source, view.alive(self.node.after))
 
 
-def _reduce(plan: Plan, number: int) -> None:
+def reduce_partials(plan: Plan, number: int) -> None:
     """Reduce a node's partials and write `reduced/`, `done.json` last."""
     stage = plan.nodes[number].stage
     assert isinstance(stage, GlobalStage)
@@ -210,5 +239,5 @@ def reduce_node(plan: Plan, number: int) -> None:
     storage.sweep_temporary(folder)
     name = plan.nodes[number].name.replace("_", " ")
     with progress(f"Reducing {name}", total=1, unit="steps") as bar, user_errors():
-        ray.get(ray.remote(num_cpus=1, max_retries=3)(_reduce).remote(plan, number))
+        ray.get(ray.remote(num_cpus=1, max_retries=3)(reduce_partials).remote(plan, number))
         bar.advance(1)

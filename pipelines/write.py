@@ -317,16 +317,14 @@ def describe_shard(plan: Plan, shard: int) -> Fragment:
 
 
 class _WriteShards:
-    """Writes the output shards whose numbers arrive, unless they are there."""
+    """Writes output shards that are not there."""
 
     def __init__(self, plan: Plan, columns: Sequence[str]) -> None:
         self.plan, self.columns = plan, columns
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in batch["fragment"]:
-            if not storage.exists(shard_samples(self.plan, int(number))):
-                write_shard(self.plan, int(number), self.columns)
-        return batch
+    def __call__(self, number: int) -> None:
+        if not storage.exists(shard_samples(self.plan, number)):
+            write_shard(self.plan, number, self.columns)
 
 
 def write_shards(plan: Plan, columns: Sequence[str]) -> list[Fragment]:

@@ -14,8 +14,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cl.corpus import Corpus, Fragment, content_hash, sample_id, sample_schema, text_pair_content
+from pipelines.annotate import annotate, annotated_file, build_funnel
+from pipelines.execute import reduce_partials
 from pipelines.images import ImageInfo, probe
-from pipelines.write import tar_header
+from pipelines.plan import Plan, build_plan, parse_stages, segments
+from pipelines.run_steps import FragmentView, run_steps
+from pipelines.write import Placement, WriteConfig, tar_header
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Sample:
 def picture(seed: int, width: int = 64, height: int = 64, form: str = "jpeg", quality: int = 90) -> bytes:
     """A smooth random picture: low frequencies only, so that re-encoding it hardly changes its perceptual hash."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     buffer = io.BytesIO()
     options = {"quality": quality} if form in ("jpeg", "webp") else {}
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(buffer, form, **options)
@@ -118,3 +122,26 @@ def _commit(root: Path, fragments: list[Fragment], kind: Any) -> Corpus:
     corpus = Corpus(kind=kind, samples=sum(each.samples for each in fragments), fragments=fragments, root=str(root))
     corpus.write(str(root))
     return corpus
+
+
+def run_plan(corpus: Corpus, out: Path, stages: Sequence[Any], seed: int = 0, model: str | None = None) -> pa.Table:
+    """Run stages in this process, without Ray, and return the annotated rows of all fragments in order."""
+    plan = build_plan(corpus, [*parse_stages(stages), Placement(settings=WriteConfig())], str(out), seed, model)
+    fragments = range(len(corpus.fragments))
+    opened: dict[int, Any] = {}
+    for steps in segments(plan)[:-1]:
+        for number in fragments:
+            run_steps(plan, steps, number, opened)
+        if steps[-1].node != plan.nodes[-1].number:
+            reduce_partials(plan, steps[-1].node)
+    for number in fragments:
+        annotate(plan, number)
+    build_funnel(plan)  # raises if a sample was lost
+    return pa.concat_tables(pq.read_table(annotated_file(plan, number)) for number in fragments)
+
+
+def column_of(plan: Plan, node: str, column: str) -> list[Any]:
+    """A node's column over all fragments, vectors included."""
+    number = next(each.number for each in plan.nodes if each.name == node)
+    views = (FragmentView(plan, fragment) for fragment in range(len(plan.corpus.fragments)))
+    return [value for view in views for value in view.made(number, column).to_pylist()]

@@ -1,0 +1,333 @@
+"""Curation through Ray: the same bytes whatever happens on the way, and one sentence where it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from blake3 import blake3
+
+from cl.config import parse_config
+from cl.corpus import open_corpus
+from cl.errors import ConfigError, DataError
+from pipelines.curate import CurateConfig, CurateResult, curate
+from pipelines.embed import EmbedConfig, embed
+from tests.curation_corpora import Sample, image_corpus, picture, text_corpus
+from tests.unit.test_curation_plan import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES: list[Any] = [
+    {"caption": {"min_words": 2}},
+    {"image_size": {"min_side": 20}},
+    "exact_duplicate",
+    {"near_duplicate": {"max_distance": 6, "max_difference": 10}},
+    {"embedding": {"batch_size": 8}},
+    {"image_text_score": {"top_fraction": 0.9}},
+    {"clusters": {"count": 4}},
+    {"semantic_duplicate": {"epsilon": 0.00001}},
+    {"balance": {"fraction": 0.8}},
+]
+TIMES = {"run.json", "funnel.json", "config.yaml"}  # hold times, or the paths of the run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus of 8 fragments (duplicates, look-alikes, a broken image) and a model."""
+    root = tmp_path_factory.mktemp("curate")
+    fragments = []
+    for f in range(8):
+        samples = [Sample(f"{f}-{i}", f"a small house number {i}", picture(f * 20 + i)) for i in range(20)]
+        samples[3].text = "house"
+        samples[4].image = picture(f * 20 + 5)  # equals its neighbour
+        samples[6].image = picture(f * 20 + 7, quality=60)  # looks like its neighbour
+        samples[8].image = picture(f * 20 + 8, 16, 16)
+        fragments.append(samples)
+    fragments[2][11].image = fragments[2][11].image[:900]
+    image_corpus(root / "corpus", fragments)
+    checkpoint(root / "model")
+    return root
+
+
+def config(place: Path, out: str, **fields: Any) -> CurateConfig:
+    tree = {"corpus": str(place / "corpus"), "out": str(place / out), "model": str(place / "model"), "stages": STAGES}
+    return parse_config(CurateConfig, tree | {"write": {"shard_mib": 0.1, "chunk_mib": 0.01, "lanes": 4}} | fields, "x")
+
+
+def tree(root: Path, skip: tuple[str, ...] = (".nodes",)) -> dict[str, str]:
+    """Path -> hash of every file, those with times left out."""
+    return {
+        str(path.relative_to(root)): blake3(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in TIMES and path.relative_to(root).parts[0] not in skip
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, ray_session: None) -> tuple[Path, CurateResult]:
+    return place / "out", curate(config(place, "out"))
+
+
+def test_every_sample_is_accounted_for(finished: tuple[Path, CurateResult]) -> None:
+    out, result = finished
+    funnel = json.loads((out / "funnel.json").read_text())
+    assert funnel["in"] == result.samples_in == 160
+    assert funnel["kept"] + funnel["quarantined"] + funnel["dropped"] == 160
+    assert result.quarantined == 1
+    assert result.dropped["caption/too_few_words"] == 8
+    assert result.dropped["image_size/image_too_small"] == 8
+    assert result.dropped["exact_duplicate/exact_duplicate"] == 8
+    assert result.dropped["near_duplicate/near_duplicate"] == 8
+    alive = 160
+    for stage in funnel["stages"]:
+        assert stage["in"] == alive
+        alive -= sum(stage["dropped"].values()) + stage["quarantined"]
+    assert alive == result.kept == round(0.8 * round(0.9 * (160 - 8 * 4 - 1)))
+    annotated = [row for path in sorted((out / "annotated").iterdir()) for row in pq.read_table(path).to_pylist()]
+    kept = {row["id"] for row in annotated if row["drop_reason"] is None}
+    written = open_corpus(str(out)).read().to_pylist()
+    assert {row["id"] for row in written} == kept
+    assert len(written) == len(kept) == result.kept
+
+
+def test_shards_hold_the_very_bytes_and_captions_and_webdataset_reads_them(
+    finished: tuple[Path, CurateResult], place: Path
+) -> None:
+    import webdataset
+
+    out, result = finished
+    corpus = open_corpus(str(out))
+    source = {row["id"]: row for row in open_corpus(str(place / "corpus")).read().to_pylist()}
+    assert corpus.lanes == 4
+    assert len(corpus.fragments) == result.shards > 2
+    urls = [str(out / fragment.shard) for fragment in corpus.fragments]
+    read = {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+    order = []
+    for fragment in corpus.fragments:
+        table = pq.read_table(out / fragment.path)
+        data = (out / fragment.shard).read_bytes()
+        with tarfile.open(out / fragment.shard) as tar:
+            members = tar.getmembers()
+        assert {member.mtime for member in members} == {0}
+        assert [member.name.split(".")[0] for member in members[::3]] == table["id"].to_pylist()
+        for row in table.to_pylist():
+            original = source[row["id"]]
+            start = original["offset"]
+            image = Path(original["shard"]).read_bytes()[start : start + original["length"]]
+            assert data[row["offset"] : row["offset"] + row["length"]] == image == read[row["id"]]["jpg"]
+            assert read[row["id"]]["txt"].decode() == row["text"] == original["text"]
+            sidecar = json.loads(read[row["id"]]["json"])
+            assert (sidecar["key"], sidecar["cluster"]) == (original["key"], row["cluster"])
+            assert row["shard"] == fragment.shard
+        lanes = np.repeat(fragment.lanes or [], fragment.row_groups)
+        assert table["lane"].to_pylist() == lanes.tolist()
+        order += lanes.tolist()
+    assert order == sorted(order)
+    assert len(read) == corpus.samples
+
+
+def test_a_finished_run_does_no_work_again(finished: tuple[Path, CurateResult], place: Path) -> None:
+    out, result = finished
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    start = time.monotonic()
+    again = curate(config(place, "out"))
+    assert time.monotonic() - start < 3
+    assert again == result.model_copy(update={"resumed": True})
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_lost_shard_is_written_again_the_same(finished: tuple[Path, CurateResult], place: Path) -> None:
+    out, _ = finished
+    before = tree(out)
+    (out / "shards" / "00001.tar").unlink()
+    (out / "samples" / "00001.parquet").unlink()
+    curate(config(place, "out"))
+    assert tree(out) == before
+
+
+@pytest.mark.slow
+def test_changing_one_stage_computes_only_what_depends_on_it(finished: tuple[Path, CurateResult], place: Path) -> None:
+    out, _ = finished
+    before = tree(out)
+    nodes = {path: path.stat().st_mtime_ns for path in (out / ".nodes").rglob("*.parquet")}
+    folders = {path.name for path in (out / ".nodes").iterdir() if path.is_dir()}
+    changed = curate(config(place, "out", stages=[*STAGES[:-1], {"balance": {"fraction": 0.5}}]))
+    assert changed.kept < len(before) * 100
+    new = {path.name for path in (out / ".nodes").iterdir() if path.is_dir()} - folders
+    assert len(new) == 2, "balance, and the placement of what is kept"
+    assert all(path.stat().st_mtime_ns == at for path, at in nodes.items())
+    assert tree(out) != before
+    curate(config(place, "out"))
+    assert tree(out) == before, "back to the first config: its products again, and nothing of the other"
+
+
+@pytest.mark.slow
+def test_fragments_of_other_sizes_and_more_actors_keep_the_same_samples(
+    finished: tuple[Path, CurateResult], place: Path
+) -> None:
+    out, _ = finished
+    stages = [{"embedding": {"batch_size": 8, "workers": 2}} if "embedding" in stage else stage for stage in STAGES]
+    curate(config(place, "two", stages=stages))
+    assert tree(place / "two") == tree(out)
+
+
+def launch(place: Path, out: str, cpus: int, limit: int | None = None) -> subprocess.Popen[bytes]:
+    """`clew curate` in a process of its own."""
+    path = place / f"{out}.yaml"
+    cfg = config(place, out, cpus=cpus)
+    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
+    code = (
+        "import sys; from cl.config import load_config; from pipelines.curate import CurateConfig, curate;"
+        f"curate(load_config(CurateConfig, 'curate', {str(path)!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CLEW_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+
+    def cap() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=cap
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished: tuple[Path, CurateResult], place: Path) -> None:
+    out, _ = finished
+    rng = random.Random(5)
+    kills = 0
+    for _ in range(12):
+        process = launch(place, "killed", cpus=1 + kills % 2)
+        try:
+            process.wait(timeout=rng.uniform(8, 16))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0, process.stderr and process.stderr.read().decode()
+        break
+    else:
+        assert launch(place, "killed", cpus=2).wait(timeout=300) == 0
+    assert kills > 0
+    assert tree(place / "killed", skip=()).keys() == tree(out, skip=()).keys() or tree(place / "killed") == tree(out)
+    assert tree(place / "killed") == tree(out)
+    assert not list((place / "killed").rglob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_resume_and_leaves_no_process(place: Path) -> None:
+    import psutil
+
+    process = launch(place, "interrupted", cpus=1)
+    deadline = time.monotonic() + 60
+    while not list((place / "interrupted" / ".nodes").rglob("*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "the same command resumes it" in errors.decode()
+    assert json.loads((place / "interrupted" / "run.json").read_text())["status"] == "interrupted"
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert gone
+
+
+def test_nothing_kept_is_one_sentence_and_the_annotated_rows_are_there(place: Path, ray_session: None) -> None:
+    with pytest.raises(DataError, match=r"No sample of .* was kept: 160 too_few_words|caption/too_few_words"):
+        curate(config(place, "none", stages=[{"caption": {"min_words": 50}}]))
+    assert len(list((place / "none" / "annotated").iterdir())) == 8
+    assert json.loads((place / "none" / "run.json").read_text())["status"] == "failed"
+    assert not (place / "none" / "corpus.json").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_one_sentence(place: Path, ray_session: None) -> None:
+    small = place / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(DataError, match="cannot be written: no space is left on the disk"):
+            curate(config(place, "small/out", stages=STAGES[:4]))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_an_image_that_changed_since_ingest_is_noticed(tmp_path: Path, ray_session: None) -> None:
+    samples = [Sample(f"k{i}", "a red house", picture(i)) for i in range(4)]
+    image_corpus(tmp_path / "c", [samples])
+    path = tmp_path / "c" / "raw" / "00000.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    cfg = {"corpus": str(tmp_path / "c"), "out": str(tmp_path / "o"), "stages": ["caption"]}
+    with pytest.raises(DataError, match="has changed since it was ingested"):
+        curate(parse_config(CurateConfig, cfg, "x"))
+
+
+def test_a_missing_shard_is_one_sentence(tmp_path: Path, ray_session: None) -> None:
+    image_corpus(tmp_path / "c", [[Sample("k", "a red house", picture(0))]])
+    (tmp_path / "c" / "raw" / "00000.tar").unlink()
+    cfg = {"corpus": str(tmp_path / "c"), "out": str(tmp_path / "o"), "stages": ["caption"]}
+    with pytest.raises(DataError, match=r"Shard .*00000.tar does not exist, but the corpus points to it"):
+        curate(parse_config(CurateConfig, cfg, "x"))
+
+
+def test_an_id_that_is_there_twice_is_one_sentence(tmp_path: Path, ray_session: None) -> None:
+    samples = [Sample("same", "a red house", picture(0)), Sample("other", "a red house", picture(1))]
+    image_corpus(tmp_path / "c", [samples, samples[:1]])
+    cfg = {"corpus": str(tmp_path / "c"), "out": str(tmp_path / "o"), "stages": ["caption"]}
+    with pytest.raises(DataError, match=r"holds id .* twice"):
+        curate(parse_config(CurateConfig, cfg, "x"))
+
+
+def test_text_pairs_and_curating_the_curated(tmp_path: Path, ray_session: None) -> None:
+    pairs = [(f"anchor {i % 25}", f"positive {i % 25}") for i in range(40)]
+    text_corpus(tmp_path / "c", [pairs[:15], pairs[15:]])
+    cfg: dict[str, Any] = {"corpus": str(tmp_path / "c"), "out": str(tmp_path / "o"), "stages": ["exact_duplicate"]}
+    result = curate(parse_config(CurateConfig, cfg, "x"))
+    assert (result.kept, result.dropped) == (25, {"exact_duplicate/exact_duplicate": 15})
+    first = open_corpus(str(tmp_path / "o"))
+    table = first.read()
+    assert sorted(table["anchor"].to_pylist()) == sorted({anchor for anchor, _ in pairs})
+    assert set(table["shard"].to_pylist()) == {fragment.path for fragment in first.fragments}
+    cfg |= {"corpus": str(tmp_path / "o"), "out": str(tmp_path / "oo"), "stages": [{"caption": {"min_words": 1}}]}
+    curate(parse_config(CurateConfig, cfg, "x"))
+    second = open_corpus(str(tmp_path / "oo")).read()
+    assert second["id"].to_pylist() == table["id"].to_pylist(), "the order depends on ids and the seed alone"
+    assert "anchor_words" in second.column_names
+
+
+def test_embed_writes_one_row_a_sample_and_resumes(place: Path, ray_session: None) -> None:
+    cfg = EmbedConfig(corpus=str(place / "corpus"), checkpoint=str(place / "model"), out=str(place / "embedded"))
+    result = embed(cfg)
+    assert (result.samples, result.quarantined, result.dimensions, result.reused) == (159, 1, 16, 0)
+    files = sorted((place / "embedded").glob("*.parquet"))
+    before = [path.read_bytes() for path in files]
+    rows = [row for path in files for row in pq.read_table(path).to_pylist()]
+    ids = set(open_corpus(str(place / "corpus")).read(["id"])["id"].to_pylist())
+    assert len(rows) == 159
+    assert {row["id"] for row in rows} < ids
+    np.testing.assert_allclose([np.linalg.norm(row["text_embedding"]) for row in rows], 1, atol=1e-3)
+    files[3].unlink()
+    assert embed(cfg).reused == 7
+    assert [path.read_bytes() for path in files] == before
+    with pytest.raises(ConfigError, match="holds embeddings of another corpus, checkpoint or setting"):
+        embed(cfg.model_copy(update={"batch_size": 3}))

@@ -34,7 +34,12 @@ def user_error(error: BaseException | None) -> ClewError | None:
         seen.add(id(current))
         if isinstance(current, ClewError):
             return current
-        stack += [current.__cause__, current.__context__, getattr(current, "cause", None), getattr(current, "_base_exc", None)]
+        stack += [
+            current.__cause__,
+            current.__context__,
+            getattr(current, "cause", None),
+            getattr(current, "_base_exc", None),
+        ]
         failures = getattr(current, "worker_failures", None)
         if isinstance(failures, dict):
             stack += list(failures.values())

@@ -213,7 +213,7 @@ _config_command(
     "sweep",
     "Try many settings of a training run.",
     "Try many settings of a training run at an equal budget of samples, and rank them by a metric.",
-    ("clew sweep sample train.corpus=runs/curated validation.unseen=runs/heldout out=runs/sweep",),
+    ("clew sweep sample train.corpus=runs/curated validation=runs/heldout out=runs/sweep",),
     "cl.sweeps.config:SweepConfig",
     "cl.sweeps.run:sweep",
 )

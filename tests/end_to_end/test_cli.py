@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from tests.end_to_end.clew import ROOT, clew, environment, sentence
 from tests.end_to_end.small_corpora import write_text_corpus
 
 # A Ray that cannot be reached: what starts or attaches to Ray fails with this address and not with its sentence.
-NO_RAY = {"RAY_ADDRESS": "127.0.0.1:1"}
+NO_RAY: dict[str, Any] = {"RAY_ADDRESS": "127.0.0.1:1"}
 TEXT_MODEL = {
     "embed_dim": 8,
     "towers": {

@@ -50,7 +50,9 @@ class CorpusEval(Config):
 
 
 def _corpora(value: Any) -> Any:
-    """A corpus may be its path alone."""
+    """A corpus may be its path alone, and a single one need not be named: the end of its path is its name."""
+    if isinstance(value, str):
+        value = {value.rstrip("/").rsplit("/", 1)[-1]: value}
     if not isinstance(value, dict):
         return value
     return {name: {"path": item} if isinstance(item, str) else item for name, item in value.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from cl import cli
 from cl.errors import DataError
@@ -45,6 +47,17 @@ def test_every_command_shows_an_example_of_itself(capsys: pytest.CaptureFixture[
         code, out, err = call(capsys, name, "--help")
         assert (code, err) == (0, "")
         assert re.search(rf"Example:\n +clew {name}\b", out), out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_examples_are_configs_that_load(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    epilog = cli.cli.commands[name].epilog or ""
+    lines = re.findall(rf"^ *clew {name} (.*)$", epilog, re.MULTILINE)
+    assert lines
+    for line in lines:
+        code, out, err = call(capsys, name, *shlex.split(line.replace("*", "0")), "--print-config")
+        assert (code, err) == (0, ""), line
+        assert yaml.safe_load(out)["out"].startswith("runs/")
 
 
 def test_help_imports_nothing_heavy_and_comes_at_once() -> None:

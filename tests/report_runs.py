@@ -138,7 +138,13 @@ def curate_run(folder: Path, corpus: Path) -> Path:
             "language": rng.choice(["en"] * 8 + ["de", "fr"]),
             "score": rng.gauss(0.28, 0.05),
         }
-        row |= {"cluster": k % 7, "duplicate_of": None, "distance": None, "drop_stage": None, "drop_reason": None}
+        row |= {
+            "cluster": k % 7,
+            "near_duplicate_of": None,
+            "near_duplicate_distance": None,
+            "drop_stage": None,
+            "drop_reason": None,
+        }
         look = f"{row['text'].split(' on ')[0]}{k // 2}"
         if row["width"] > 3 * row["height"]:
             row |= {"drop_stage": "image_shape", "drop_reason": "aspect_too_large"}
@@ -148,8 +154,8 @@ def curate_run(folder: Path, corpus: Path) -> Path:
             row |= {
                 "drop_stage": "near_duplicate",
                 "drop_reason": "near_duplicate",
-                "duplicate_of": list(seen.values())[-1],
-                "distance": 3,
+                "near_duplicate_of": list(seen.values())[-1],
+                "near_duplicate_distance": 3,
             }
         elif row["score"] < 0.22:
             row |= {"drop_stage": "score", "drop_reason": "score_too_low"}

@@ -23,11 +23,11 @@ QUARANTINE_ROWS = 50
 
 # The columns that stages write, by what the page does with them; the first that is there is used.
 CLUSTER = ("cluster", "cluster_id")
-DUPLICATE = ("duplicate_of", "near_duplicate_of", "exact_duplicate_of")
+DUPLICATE = "duplicate_of"  # how the names of columns end that hold the id of what a row duplicates
 # Not shown as "values": they say the same for every row, or are shown elsewhere.
 HIDDEN = {
     "id", "source", "key", "shard", "content", "meta", "offset", "length", "text", "anchor", "positive", "lane",
-    "drop_stage", "drop_reason", "quarantined", *DUPLICATE,
+    "drop_stage", "drop_reason", "quarantined", "phash", "width", "height", "format", "aspect",
 }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def drops(rows: Rows, roots: list[str], pictures: Thumbnails, order: list[str]) 
 
 def _examples(rows: Rows, examples: list[dict[str, Any]], roots: list[str], pictures: Thumbnails) -> dict[str, Any]:
     """Dropped rows as pairs with what they duplicate, as pictures, or as texts."""
-    column = next((n for n in DUPLICATE if examples and any(row.get(n) for row in examples)), None)
+    column = next((n for row in examples for n in row if n.endswith(DUPLICATE) and row[n]), None)
     twins = rows.find({str(row[column]) for row in examples if row.get(column)}) if column else {}
     pairs: list[tuple[Any, Any]] = []
     singles: list[Any] = []
@@ -224,27 +224,23 @@ def _text_example(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def decided_by(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The values behind a drop: the columns that share a word with its reason, or else with its stage."""
+    """The values behind a drop: the columns named after its stage, or else those that share a word with its reason."""
     reason, stage = str(row.get("drop_reason") or "").lower(), str(row.get("drop_stage") or "").lower()
     if not reason:
         return ()
     values = []
-    if any(word in reason for word in ("size", "small", "aspect", "large", "side")) and row.get("width"):
+    if {"size", "small", "aspect", "large", "side"} & set(reason.split("_")) and row.get("width"):
         values.append(("size", f"{row['width']} × {row['height']}"))
         values.append(("aspect", brief(max(row["width"], row["height"]) / max(1, min(row["width"], row["height"])))))
-    named = [
-        n for n in row if n not in HIDDEN and row[n] is not None and n not in ("width", "height", "format", "aspect")
-    ]
-    related = [n for n in named if _related(n, reason)] or [n for n in named if _related(n, stage)]
-    if "duplicate" in reason:
-        related = [n for n in named if "distance" in n or "similarity" in n or "hamming" in n]
-    values += [(words(n.removeprefix("text_")), _value(row[n])) for n in related]
+    named = [n for n in row if n not in HIDDEN and not n.endswith(DUPLICATE) and row[n] is not None]
+    related = [n for n in named if stage and n.startswith(stage)] or [n for n in named if _related(n, reason)]
+    values += [(words(n.removeprefix(f"{stage}_").removeprefix("text_")), _value(row[n])) for n in related]
     return tuple(values[:4])
 
 
 def _related(column: str, name: str) -> bool:
     """Whether a column and a reason share a word by its first four letters: text_chars and too_few_characters."""
-    stems = {part[:4] for part in name.split("_")} - {"text", "imag", "too", "few", "many"}
+    stems = {part[:4] for part in name.split("_")} - {"text", "imag", "dupl", "too", "few", "many"}
     return any(part[:4] in stems for part in column.lower().split("_"))
 
 

@@ -17,6 +17,7 @@ from cl.corpus import Corpus, Fragment, sample_schema
 from cl.errors import DataError
 from pipelines.report import build, charts
 from pipelines.report.build import MAX_BYTES, build_report
+from pipelines.report.corpora import decided_by
 from pipelines.report.pictures import Thumbnails, thumbnail
 from pipelines.report.runs import find_runs
 from pipelines.report.summary import summarise
@@ -148,6 +149,34 @@ def test_near_duplicates_stand_beside_what_they_duplicate(runs: Path, tmp_path: 
     assert (
         text.count('<span class="tag">dropped</span>') == text.count('<span class="tag kept">duplicate of</span>') == 6
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason", "expected"),
+    [
+        ("caption", "too_few_words", {"words": "1"}),
+        ("caption", "too_few_characters", {"chars": "4"}),
+        ("caption", "other_language", {"language": "fr", "language score": "0.66"}),
+        ("image_size", "aspect_too_long", {"size": "80 × 20", "aspect": "4"}),
+        ("near_duplicate", "near_duplicate", {"distance": "3"}),
+        ("image_text_score", "score_outside_top", {"image text score": "-0.139"}),
+        ("semantic_duplicate", "semantic_duplicate", {}),
+        ("balance", "cluster_over_cap", {"cluster": "7", "cluster distance": "0.5"}),
+        (None, None, {}),
+    ],
+)
+def test_the_values_behind_a_drop(stage: str | None, reason: str | None, expected: dict[str, str]) -> None:
+    row = {
+        "id": "0",
+        "text": "café",
+        "text_words": 1,
+        "text_chars": 4,
+        "text_language": "fr",
+        "text_language_score": 0.66,
+    }
+    row |= {"width": 80, "height": 20, "aspect": 4.0, "near_duplicate_of": "1", "near_duplicate_distance": 3}
+    row |= {"image_text_score": -0.1391, "cluster": 7, "cluster_distance": 0.5, "exact_duplicate_of": None}
+    assert dict(decided_by(row | {"drop_stage": stage, "drop_reason": reason})) == expected
 
 
 def test_summary_is_what_the_files_say(runs: Path) -> None:

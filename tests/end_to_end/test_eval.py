@@ -155,7 +155,7 @@ def test_a_limit_chooses_the_same_samples_every_time(tmp_path: Path) -> None:
     corpus = write_image_corpus(tmp_path / "corpus", samples(40))
     cfg = EvalConfig(
         checkpoint=checkpoint(tmp_path / "model", TWO_TOWERS),
-        corpora={"some": {"path": corpus, "limit": 12, "metrics": [{"retrieval": {"examples": 99}}]}},  # type: ignore[dict-item]
+        corpora={"some": {"path": corpus, "limit": 12, "metrics": [{"retrieval": {"examples": 99}}]}},
         out=str(tmp_path / "eval"),
     )
     result = evaluate(cfg).corpora["some"]

@@ -110,7 +110,10 @@ class ZeroShot(Metric[ZeroShotOptions]):
         mean = float(np.mean(hits / sizes))
         measured.figures.append(self._figure("mean_per_class", mean, 1 / len(classes), len(votes), len(classes), None))
         measured.notes = {
-            "classes": dict(zip(classes, sizes.tolist(), strict=True)),
+            "classes": [
+                {"class": name, "images": int(size), "top_1": float(right / size)}
+                for name, size, right in zip(classes, sizes, hits, strict=True)
+            ],
             "largest_class_share": float(sizes.max() / sizes.sum()),  # what always guessing it would score as top-1
             "without_label": sum(c is None for c in labels),
         }

@@ -38,7 +38,8 @@ def test_the_wheel_holds_what_the_checkout_has(wheel: Path) -> None:
     expected = {
         f"cl/_configs/{name.removeprefix('configs/')}" if name.startswith("configs/") else name for name in tracked
     }
-    missing = {name for name in expected - names if name}
+    # The README's pictures are for the README alone.
+    missing = {name for name in expected - names if name and not name.startswith("pipelines/report/pictures/")}
     assert not missing
     assert not {name for name in names if name.startswith(("tests/", "configs/", "runs/")) or name.endswith(".pyc")}
 

@@ -254,3 +254,19 @@ def test_cache_keeps_to_its_bound_and_makes_each_value_once() -> None:
     for thread in threads:
         thread.join()
     assert made.count(7) == 1
+
+
+@pytest.mark.slow
+def test_the_shipped_sample_as_ingested(tmp_path: Path, inputs: Inputs, ray_session: None) -> None:
+    """Every sample that ingest lets through is decoded, except what only a full decode can find out."""
+    from pipelines.ingest import IngestConfig, ingest
+
+    sample = Path(__file__).parents[2] / "pipelines" / "sample"
+    ingest(IngestConfig(inputs=[str(sample / "train")], out=str(tmp_path / "corpus")))
+    corpus = open_corpus(str(tmp_path / "corpus"))
+    plan = BatchPlan([corpus], 0, 256)
+    loader = Loader(plan, 0, 1, inputs, steps=plan.steps_per_epoch)
+    ids = ids_of(iter(loader))
+    assert len(ids) == len(set(ids))
+    assert len(ids) + loader.quarantined == corpus.samples
+    assert loader.quarantined < 10

@@ -159,9 +159,13 @@ def _environment() -> Iterator[None]:
     """Tune reads its settings from the environment, some of them in the processes of the trials."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # the error of a failed trial is in its record; Tune would print its traceback twice
     try:
         yield
     finally:
+        log.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

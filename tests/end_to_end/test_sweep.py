@@ -116,8 +116,6 @@ def test_a_killed_driver_goes_on_without_redoing_finished_trials(tmp_path: Path)
     started = driver.children(recursive=True)
     driver.kill()
     driver.wait()
-    _, left = psutil.wait_procs(started, timeout=60)
-    assert left == []
     assert not (out / "sweep.json").exists()
 
     finished = [name for name, trial in trial_files(out).items() if trial.status == "finished"]
@@ -132,6 +130,9 @@ def test_a_killed_driver_goes_on_without_redoing_finished_trials(tmp_path: Path)
         assert [e["step"] for e in trial["evaluations"]] == [2, 4, 6, 8]
         lines = (out / "trials" / trial["id"] / "metrics.jsonl").read_text().splitlines()
         assert [yaml.safe_load(line)["step"] for line in lines] == list(range(1, 9))
+    # Ray's agents look for their parent now and then; by now all that the killed driver had started has ended.
+    _, left = psutil.wait_procs(started, timeout=120)
+    assert left == []
 
 
 @pytest.mark.slow

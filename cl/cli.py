@@ -281,7 +281,7 @@ def _list_command(name: str, help_text: str, rows: Callable[[], list[dict[str, s
         if as_json:
             console.print_json(found)
         else:
-            console.print_rows(f"{len(found)} {name}", found)
+            console.print_rows(f"{name} ({len(found)})", found)
 
     cli.command(
         name, short_help=help_text.split(":")[0], help=help_text, epilog=_example(f"clew {name}", f"clew {name} --json")

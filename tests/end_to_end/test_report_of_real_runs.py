@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,10 +42,14 @@ def test_report_of_real_runs(ray_session: None, tmp_path: Path) -> None:
             "test",
         )
     )
-    settings = {"out": str(tmp_path / "model"), "corpus": str(tmp_path / "curated"), "model": TINY_MODEL}
+    settings: dict[str, Any] = {
+        "out": str(tmp_path / "model"),
+        "corpus": str(tmp_path / "curated"),
+        "model": TINY_MODEL,
+    }
     settings |= {"batch_size": 32, "steps": 5, "log_every": 1, "precision": "fp32", "workers": {"count": 0}}
     trained = train(parse_config(TrainConfig, settings, "test"))
-    wanted = {
+    wanted: dict[str, Any] = {
         "checkpoint": str(tmp_path / "model"),
         "corpora": {"curated": {"path": str(tmp_path / "curated"), "limit": 100}},
     }

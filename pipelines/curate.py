@@ -92,7 +92,9 @@ def _check_places(corpus: str, out: str) -> None:
         fs, path = storage.open_fs(out)
         if not fs.isdir(path):
             raise ConfigError(f"out ({out}) is a file; give a folder.")
-        if set(storage.list_files(out)) & {"corpus.json", "run.json"}:
+        record = storage.join(out, "run.json")
+        ours = storage.exists(record) and storage.read_json(record).get("command") == "curate"
+        if not ours and set(storage.list_files(out)) & {"corpus.json", "run.json"}:
             raise ConfigError(f"out ({out}) holds something that `clew curate` did not write; give another folder.")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,16 @@ def test_a_lost_shard_is_written_again_the_same(finished: tuple[Path, CurateResu
 
 
 @pytest.mark.slow
+def test_without_its_nodes_a_run_computes_the_same_again(place: Path, ray_session: None) -> None:
+    cfg = config(place, "forgetful", stages=STAGES[:3])
+    curate(cfg)
+    before = tree(place / "forgetful")
+    shutil.rmtree(place / "forgetful" / ".nodes")
+    assert not curate(cfg).resumed
+    assert tree(place / "forgetful") == before
+
+
+@pytest.mark.slow
 def test_changing_one_stage_computes_only_what_depends_on_it(finished: tuple[Path, CurateResult], place: Path) -> None:
     out, _ = finished
     before = tree(out)
@@ -211,7 +222,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished: tuple[Pa
     out, _ = finished
     rng = random.Random(5)
     kills = 0
-    for _ in range(12):
+    for _ in range(4):
         process = launch(place, "killed", cpus=1 + kills % 2)
         try:
             process.wait(timeout=rng.uniform(8, 16))
@@ -225,7 +236,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished: tuple[Pa
     else:
         assert launch(place, "killed", cpus=2).wait(timeout=300) == 0
     assert kills > 0
-    assert tree(place / "killed", skip=()).keys() == tree(out, skip=()).keys() or tree(place / "killed") == tree(out)
     assert tree(place / "killed") == tree(out)
     assert not list((place / "killed").rglob(".tmp-*"))
 

@@ -288,3 +288,23 @@ def test_shipped_configs_name_known_stages_and_every_stage_has_a_summary() -> No
     rows = STAGES.rows()
     assert {"caption", "image_size", "exact_duplicate", "near_duplicate", "balance"} <= {row["name"] for row in rows}
     assert all(row["summary"] for row in rows)
+
+
+def test_the_readmes_own_stage_works(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "pipelines" / "README.md").read_text()
+    code = text.split("### A stage of your own")[1].split("```python\n")[1].split("```")[0]
+    space: dict[str, Any] = {"__name__": "readme"}
+    exec(code, space)
+    samples = [Sample(str(i), text, picture(i)) for i, text in enumerate(["A RED HOUSE", "a red house", "A House"])]
+    corpus = image_corpus(tmp_path / "c", [samples])
+    stage = named(space["Shout"](max_capitals=0.3), "shout")
+    table = run_plan(corpus, tmp_path / "o", [stage])
+    assert table["drop_reason"].to_pylist() == ["shouted", None, None]
+    assert table["capitals"].to_pylist()[2] == pytest.approx(2 / 7)
+
+
+def test_the_readme_lists_every_stage_and_every_column() -> None:
+    text = (Path(__file__).resolve().parents[2] / "pipelines" / "README.md").read_text()
+    table = text.split("## Curate")[1].split("runs/curated/")[0]
+    for entry in STAGES.entries():
+        assert f"`{entry.name}`" in table or entry.name == "locate"

@@ -115,7 +115,8 @@ def test_killed_driver_and_resume(corpus: str, tmp_path: Path, undisturbed: list
     run.remember()
     run.process.kill()
     run.finish()
-    assert run.left(60) == []  # the workers notice that their driver is gone
+    # Its workers notice that it is gone. (Ray's own agents may outlive a driver that had no chance to stop them.)
+    assert [name for name in run.left(30) if "Train" in name] == []
     assert run.step() < STEPS
 
     refused = start(fields)

@@ -37,8 +37,8 @@ def demo_commands(out: str, sample: str) -> list[list[str]]:
         ["train", "sample-clip", f"corpus={curated}", f"out={model}", "--resume"],
         *held_out,
         ["eval", "sample", f"checkpoint={model}", f"out={out}/eval", *_corpora(out)],
-        ["ingest", f"{sample}/text/train.parquet", "--out", f"{out}/text/corpus"],
-        ["ingest", f"{sample}/text/heldout.parquet", "--out", f"{out}/text/heldout"],
+        ["ingest", f"{sample}/text/train.parquet", "--out", f"{out}/text/corpus", "columns.anchor=query"],
+        ["ingest", f"{sample}/text/heldout.parquet", "--out", f"{out}/text/heldout", "columns.anchor=query"],
         ["curate", "sample-text", f"corpus={out}/text/corpus", f"out={out}/text/curated"],
         ["train", "sample-text", f"corpus={out}/text/curated", f"out={out}/text/model", "--resume"],
         [

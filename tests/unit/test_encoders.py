@@ -102,6 +102,9 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_state_alone(
     other = build_model(clip(), seed=4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["towers.image.net.proj"], other["towers.image.net.proj"])
+    twins = {name: clip().towers["text"] for name in ("left", "right")}
+    pair = build_model(clip(towers=twins, views={"anchor": "left", "positive": "right"}))
+    assert not torch.equal(*(pair.get_parameter(f"towers.{name}.net.text_projection") for name in twins))
     # A tower's stream is its own: the text tower alone has the same weights.
     alone = clip(towers={"text": clip().towers["text"]}, views={"text": "text"})
     text = build_model(alone, seed=3).state_dict()

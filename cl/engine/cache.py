@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,75 +52,87 @@ class _RandomState:
             set_device_states(self.devices, self.states, device_type=self.device.type)
 
 
-def cached_backward(
-    encode: Callable[[Chunk, Collection[str]], Mapping[str, Tensor]],
-    chunks: Sequence[Chunk],
-    objective: Callable[[Mapping[str, Tensor]], Outcome],
-    *,
-    device: torch.device,
-    parameters: Sequence[Tensor] = (),
-    frozen: Collection[str] = (),
-    wrapper: nn.Module | None = None,
-) -> Outcome:
-    """Forward and backward of one batch that is encoded chunk by chunk.
-
-    Gradients are accumulated in `.grad` of the encoder's and the objective's parameters. Under DDP or FSDP they are
-    synchronised once, with the last chunk.
+class CachedBatch(Generic[Chunk]):
+    """One batch that is encoded chunk by chunk: `evaluate` gives the loss, `backward` the gradients.
 
     Args:
         encode: `encode(chunk, skip)` gives name -> embeddings [n, D] of the chunk's views other than those in `skip`;
             it must go through `wrapper` where there is one.
         chunks: the parts of this worker's batch, at least one (of no samples on an empty worker).
-        objective: from all chunks' embeddings (name -> [B, D], in order) to the outcome.
         device: of the encoder, whose random state is replayed as well.
-        parameters: the objective's own parameters (temperature, bias).
         frozen: views whose tower is not trained; they are encoded once.
         wrapper: the DDP or FSDP2 module, if any.
-
-    Returns:
-        The outcome; its loss has no graph any more.
 
     Raises:
         ConfigError: the wrapper is a DDP with a static graph, which cannot accumulate.
     """
-    if isinstance(wrapper, DistributedDataParallel) and wrapper.static_graph:
-        raise ConfigError(
-            "Gradient caching accumulates over chunks, which DDP cannot do with static_graph=True: wrap the model "
-            "with static_graph=False (find_unused_parameters=True if a tower has parameters that it does not use)."
-        )
-    states: list[_RandomState] = []
-    parts: list[Mapping[str, Tensor]] = []
-    with torch.no_grad():
-        for chunk in chunks:
-            states.append(_RandomState(device))
-            parts.append(encode(chunk, ()))
-    # Casts that autocast made without a graph must not serve the second pass: their weights would get no gradient.
-    torch.clear_autocast_cache()
-    leaves = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    trained = [name for name in leaves if name not in frozen]
-    for name in trained:
-        leaves[name].requires_grad_()
-    with torch.enable_grad():
-        outcome = objective(leaves)
-        own = [parameter for parameter in parameters if parameter.requires_grad]
-        targets = [*(leaves[name] for name in trained), *own]
-        slopes = torch.autograd.grad(outcome.loss, targets, allow_unused=True, materialize_grads=True)
-    slope_of = dict(zip(trained, slopes, strict=False))
-    start = 0
-    for number, (chunk, state, part) in enumerate(zip(chunks, states, parts, strict=True)):
-        rows = len(part[trained[0]]) if trained else 0
-        last = number + 1 == len(chunks)
-        with _synchronised(wrapper, last), state.replayed():
-            again = encode(chunk, frozen)
-            # One number whose gradient to every embedding is the cached one.
-            total = sum((again[name] * slope_of[name][start : start + rows]).sum() for name in trained)
-            if last:  # the objective's parameters ride along, so that a wrapper synchronises them as well
-                for parameter, slope in zip(own, slopes[len(trained) :], strict=True):
-                    total = total + (parameter * slope).sum()
-            if isinstance(total, Tensor):
-                total.backward()
-        start += rows
-    return Outcome(outcome.loss.detach(), outcome.metrics)
+
+    def __init__(
+        self,
+        encode: Callable[[Chunk, Collection[str]], Mapping[str, Tensor]],
+        chunks: Sequence[Chunk],
+        *,
+        device: torch.device,
+        frozen: Collection[str] = (),
+        wrapper: nn.Module | None = None,
+    ) -> None:
+        if isinstance(wrapper, DistributedDataParallel) and wrapper.static_graph:
+            raise ConfigError(
+                "Gradient caching accumulates over chunks, which DDP cannot do with static_graph=True: wrap the model "
+                "with static_graph=False (find_unused_parameters=True if a tower has parameters that it does not use)."
+            )
+        self.encode, self.chunks, self.frozen, self.wrapper = encode, chunks, frozen, wrapper
+        self.states: list[_RandomState] = []
+        parts: list[Mapping[str, Tensor]] = []
+        with torch.no_grad():
+            for chunk in chunks:
+                self.states.append(_RandomState(device))
+                parts.append(encode(chunk, ()))
+        # Casts that autocast made without a graph must not serve the second pass: their weights would get no gradient.
+        torch.clear_autocast_cache()
+        self.rows = [len(next(iter(part.values()))) for part in parts]
+        self.views = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.trained = [name for name in self.views if name not in frozen]
+        self.own: list[Tensor] = []
+        self.slopes: tuple[Tensor, ...] = ()
+
+    def evaluate(
+        self, objective: Callable[[Mapping[str, Tensor]], Outcome], parameters: Sequence[Tensor] = ()
+    ) -> Outcome:
+        """The outcome of the objective on all embeddings (name -> [B, D], in order); its loss has no graph.
+
+        Args:
+            objective: called once.
+            parameters: the objective's own (temperature, bias).
+        """
+        for name in self.trained:
+            self.views[name].requires_grad_()
+        with torch.enable_grad():
+            outcome = objective(self.views)
+            self.own = [parameter for parameter in parameters if parameter.requires_grad]
+            targets = [*(self.views[name] for name in self.trained), *self.own]
+            self.slopes = torch.autograd.grad(outcome.loss, targets, allow_unused=True, materialize_grads=True)
+        return Outcome(outcome.loss.detach(), outcome.metrics)
+
+    def backward(self, factor: Tensor | float = 1.0) -> None:
+        """Accumulate the gradient of `factor` times the loss in `.grad` of the encoder's and objective's parameters.
+
+        Under DDP or FSDP the gradients are synchronised once, with the last chunk.
+        """
+        slope_of = dict(zip(self.trained, self.slopes, strict=False))
+        start = 0
+        for number, (chunk, state, rows) in enumerate(zip(self.chunks, self.states, self.rows, strict=True)):
+            last = number + 1 == len(self.chunks)
+            with torch.enable_grad(), _synchronised(self.wrapper, last), state.replayed():
+                again = self.encode(chunk, self.frozen)
+                # One number whose gradient to every embedding is the cached one.
+                total = sum((again[name] * slope_of[name][start : start + rows]).sum() for name in self.trained)
+                if last:  # the objective's parameters ride along, so that a wrapper synchronises them as well
+                    for parameter, slope in zip(self.own, self.slopes[len(self.trained) :], strict=True):
+                        total = total + (parameter * slope).sum()
+                if isinstance(total, Tensor):
+                    (factor * total).backward()
+            start += rows
 
 
 @contextlib.contextmanager

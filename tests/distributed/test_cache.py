@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from cl.engine.cache import cached_backward
+from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.errors import ConfigError
 from cl.objectives import Objective, ObjectiveConfig, Outcome, build_objective
@@ -52,14 +52,17 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def run_cached(towers: Towers, call: nn.Module, workers: Workers, batch: dict[str, Tensor], size: int) -> Outcome:
-    return cached_backward(
+    cached = CachedBatch(
         lambda chunk, skip: call(chunk, skip),
         chunked(batch, size),
-        lambda views: towers.objective(Pairs(views), workers),
         device=CPU,
-        parameters=list(towers.objective.parameters()),
         wrapper=call if call is not towers else None,
     )
+    outcome = cached.evaluate(
+        lambda views: towers.objective(Pairs(views), workers), list(towers.objective.parameters())
+    )
+    cached.backward()
+    return outcome
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
@@ -107,13 +110,9 @@ def test_frozen_view_is_encoded_once() -> None:
         calls.append(tuple(views))
         return views
 
-    cached_backward(
-        encode,
-        chunked(data(4, 3), 2),
-        lambda views: towers.objective(Pairs(views), Workers()),
-        device=CPU,
-        frozen=("text",),
-    )
+    cached = CachedBatch(encode, chunked(data(4, 3), 2), device=CPU, frozen=("text",))
+    cached.evaluate(lambda views: towers.objective(Pairs(views), Workers()))
+    cached.backward()
     assert calls == [("image", "text")] * 2 + [("image",)] * 2
     assert all(parameter.grad is not None for parameter in towers.image.parameters())
     assert all(parameter.grad is None for parameter in towers.text.parameters())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from cl.engine.cache import cached_backward
+from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from cl.pairs import Pairs
@@ -104,8 +104,9 @@ def on_worker(workers: Workers, name: str, settings: dict[str, Any], case: Case)
         if case.cached:
             chunks = [{v: x[i : i + 2] for v, x in local.items()} for i in range(0, max(len(weight), 1), 2)]
             parameters = list(objective.parameters())
-            device = torch.device("cpu")
-            outcome = cached_backward(lambda c, skip: encoder(c), chunks, lose, device=device, parameters=parameters)
+            batch = CachedBatch(lambda c, skip: encoder(c), chunks, device=torch.device("cpu"))
+            outcome = batch.evaluate(lose, parameters)
+            batch.backward()
         else:
             outcome = lose(encoder(local))
             outcome.loss.backward()

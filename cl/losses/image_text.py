@@ -1,12 +1,8 @@
-"""Drop-in losses: the signatures of open_clip, computed by Clew's engine.
+"""The losses of open_clip, by their signatures.
 
-    - from open_clip.loss import ClipLoss
-    + from cl.losses import ClipLoss
-
-Memory is linear in the batch, gradients are exact whatever the number of workers, and the value is that of the global
-batch on every worker. Arguments that only choose among the original's ways of gathering (`local_loss`,
-`gather_with_grad`, `dist_impl`, `cache_labels`) are accepted and make no difference: there is one, exact way. The loss
-expects what open_clip's loops do: gradients averaged over `world_size` workers (DDP), in the default process group.
+Arguments that only choose among the original's ways of gathering (`local_loss`, `gather_with_grad`, `dist_impl`,
+`cache_labels`) are accepted and make no difference: there is one, exact way. The loss expects what open_clip's loops
+do: gradients averaged over `world_size` workers (DDP), in the default process group.
 """
 
 from __future__ import annotations

@@ -54,11 +54,6 @@ chaos: $(READY) ## tests that kill processes at random
 	@$(BIN)/python -m pytest -m chaos
 
 bench: $(READY) ## benchmarks against what a user would pick instead
-	@if command -v uv >/dev/null 2>&1; then \
-	    uv pip install --quiet --python $(BIN)/python -c configs/constraints.txt -e '.[bench]'; \
-	else \
-	    $(BIN)/python -m pip install --disable-pip-version-check --quiet -c configs/constraints.txt -e '.[bench]'; \
-	fi
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
 
 clean: ## remove .venv, caches and build results (runs/ stays)

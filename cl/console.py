@@ -59,7 +59,9 @@ def print_result(title: str, result: Any) -> None:
     console = Console()
     values: dict[str, Any] = {}
     tables: list[tuple[str, list[dict[str, Any]]]] = []
-    _collect("", plain(result), values, tables)
+    # A result with more in it than a person reads says what to show; --json prints everything.
+    shown = result.shown() if hasattr(result, "shown") else result
+    _collect("", plain(shown), values, tables)
     if values:
         _print_rows(console, title, [{"": name, " ": value} for name, value in values.items()], header=False)
     for name, rows in tables:

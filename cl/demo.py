@@ -24,6 +24,10 @@ class DemoResult:
     seconds: float
     rows: list[dict[str, Any]]
 
+    def shown(self) -> dict[str, Any]:
+        """What a terminal shows below the table."""
+        return {"report": self.report, "seconds": self.seconds}
+
 
 def demo_commands(out: str, sample: str) -> list[list[str]]:
     """The words of each `clew` command of the demo, in order."""
@@ -72,6 +76,7 @@ def demo(out: str) -> DemoResult:
 
     import pipelines.sample
     from cl.cli import cli
+    from cl.progress import quiet
     from cluster.session import ray_session
     from pipelines.report.summary import summarise
 
@@ -84,4 +89,7 @@ def demo(out: str) -> DemoResult:
             cli.main(words, prog_name="clew", standalone_mode=False)
     report = str(Path(out) / "report.html")
     cli.main(["report", out, "--out", report], prog_name="clew", standalone_mode=False)
-    return DemoResult(report, time.monotonic() - start, [asdict(row) for row in summarise([out]).rows])
+    summary = summarise([out])
+    if not quiet():
+        Console().print(summary.table("clew demo"))
+    return DemoResult(report, time.monotonic() - start, [asdict(row) for row in summary.rows])

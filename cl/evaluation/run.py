@@ -53,6 +53,19 @@ class EvalResult(BaseModel):
     checkpoint: str
     corpora: dict[str, CorpusResult]
 
+    def shown(self) -> dict[str, Any]:
+        """What a terminal shows: each corpus's figures beside chance."""
+        return {
+            "checkpoint": self.checkpoint,
+            **{
+                f"{name}: {result.samples} samples": [
+                    {"metric": figure.metric, "value": figure.value, "chance": figure.chance}
+                    for figure in result.metrics
+                ]
+                for name, result in self.corpora.items()
+            },
+        }
+
 
 def make_metrics(kind: str, metrics: MetricList | None, where: str) -> list[tuple[str, Metric[Any]]]:
     """The metrics to measure on a corpus of a kind; of a list, those that apply to the kind.

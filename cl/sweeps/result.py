@@ -59,6 +59,16 @@ class SweepResult(BaseModel):
     samples: int  # budget of each trial
     digest: str  # of everything that decides the result
 
+    def shown(self) -> dict[str, Any]:
+        """What a terminal shows: the trials, best first."""
+        trials = [
+            {**trial.parameters, self.metric: trial.value, "chance": self.chance, "status": trial.status}
+            | {"steps": trial.steps, "seconds": trial.seconds}
+            for trial in self.trials
+        ]
+        best = self.best.parameters if self.best else None
+        return {"metric": self.metric, "best": best, "samples a trial": self.samples, "trials": trials}
+
 
 def read_trial(folder: str) -> TrialResult | None:
     """A trial's record, or None if it never started."""

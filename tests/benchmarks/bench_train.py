@@ -152,7 +152,7 @@ def clew_step(
     made = []
     for number, (images, texts) in enumerate(data):
         rows = torch.arange(len(texts))
-        views = {"image": images, "text": texts}
+        views: dict[str, Any] = {"image": images, "text": texts}
         made.append(Batch(views, torch.stack([rows, rows], 1), rows, torch.ones(len(rows)), 0, number, 0))
 
     def run() -> None:

@@ -51,6 +51,8 @@ DIE_AT = 13
 def test_learns_and_explains_itself(corpus: str, tmp_path: Path) -> None:
     result = train(config(corpus, tmp_path / "run", steps=60, log_every=10))
     assert result.steps == 60
+    assert result.loss_first is not None
+    assert result.loss_last is not None
     assert result.loss_last < 0.6 * result.loss_first
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 10, 20, 30, 40, 50, 60]
@@ -149,6 +151,7 @@ def test_callback_stops_a_run_with_a_checkpoint(corpus: str, tmp_path: Path) -> 
     stop = {"name": "stop_at_loss", "loss": 2.5}
     result = train(config(corpus, tmp_path / "run", steps=200, callbacks=[stop]))
     assert result.steps < 200
+    assert result.loss_last is not None
     assert result.loss_last <= 2.5
     assert result.checkpoint.endswith(f"step-{result.steps:08d}")
 
@@ -193,4 +196,7 @@ def test_weights_of_a_finished_run_are_a_start(corpus: str, tmp_path: Path) -> N
     model = tiny_run(corpus, tmp_path)["model"] | {"weights": str(tmp_path / "first")}
     shutil.rmtree(tmp_path / "first" / "tensorboard")
     second = train(config(corpus, tmp_path / "second", steps=5, model=model))
-    assert second.loss_first < train(config(corpus, tmp_path / "fresh", steps=5)).loss_first
+    fresh = train(config(corpus, tmp_path / "fresh", steps=5))
+    assert second.loss_first is not None
+    assert fresh.loss_first is not None
+    assert second.loss_first < fresh.loss_first

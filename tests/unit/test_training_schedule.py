@@ -35,13 +35,14 @@ def test_rates_are_positive_and_never_above_the_peak() -> None:
 
 
 def test_norms_biases_and_temperature_do_not_decay() -> None:
+    towers = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     model = nn.ModuleDict(
         {
-            "towers": nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
+            "towers": towers,
             "objective": build_objective(ObjectiveConfig.model_validate({"name": "infonce"})),
         }
     )
-    model["towers"][0].bias.requires_grad_(False)
+    towers[0].bias.requires_grad_(False)
     decayed, spared = decay_groups(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(parameter)] for parameter in decayed] == ["towers.0.weight"]

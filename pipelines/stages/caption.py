@@ -65,6 +65,9 @@ class Caption(RowStage):
         None, description="codes such as en, de; None accepts all and detects none"
     )
     min_language_score: float = Field(0.0, ge=0, le=1, description="probability that one of `languages` must reach")
+    min_other_score: float = Field(
+        0.0, ge=0, le=1, description="probability that another language must reach for the caption to be dropped"
+    )
     min_language_chars: int = Field(0, ge=0, description="characters; in shorter texts the language is not judged")
 
     @field_validator("languages")
@@ -117,6 +120,6 @@ class Caption(RowStage):
                 columns |= {f"{name}_language": [code for code, _ in found], f"{name}_language_score": score}
                 listed = np.array([code in self.languages for code, _ in found], bool)
                 judged = chars >= self.min_language_chars
-                add("other_language", judged & ~listed)
+                add("other_language", judged & ~listed & (score >= self.min_other_score))
                 add("unsure_language", judged & listed & (score < self.min_language_score))
         return Output(columns, reasons(len(rows), masks))

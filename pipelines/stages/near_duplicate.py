@@ -4,7 +4,7 @@ Candidates are pairs of perceptual hashes within a Hamming distance d, found exa
 bands, two hashes that differ in at most d bits agree in at least k whole bands (pigeonhole; Norouzi et al. 2012, "Fast
 Search in Hamming Space with Multi-Index Hashing"), so rows are grouped by every choice of k bands. k grows with the
 corpus, so that groups stay small. A candidate counts if the true Hamming distance is at most d and the thumbnails
-differ by at most `max_difference` levels on average.
+differ nowhere by more than `max_difference` levels: an average would call any two small marks on white alike.
 
 Rows are then taken in order (best first, ties by id): a row that is near a kept row is dropped and points to it, any
 other is kept. No chain of likenesses joins what is not alike: nothing hangs on a dropped row.
@@ -79,7 +79,9 @@ class NearDuplicate(GlobalStage):
     drops: ClassVar[bool] = True
 
     max_distance: int = Field(4, ge=0, le=10, description="bits of 64 in which two hashes may differ")
-    max_difference: float = Field(8.0, ge=0, le=255, description="mean difference of two thumbnails, levels of 255")
+    max_difference: int = Field(
+        16, ge=0, le=255, description="levels of 255 by which any pixel of two 8 x 8 thumbnails may differ"
+    )
     best: str | None = Field(None, description="numeric column whose highest value is kept; None: the smaller id")
 
     def before(self, kind: Kind) -> list[Stage]:
@@ -132,7 +134,7 @@ class NearDuplicate(GlobalStage):
         """Those of `others` (all within the Hamming distance) whose thumbnails are near as well."""
         if not others:
             return []
-        difference = np.abs(thumbnails[where[others]].astype(np.int16) - thumbnails[where[row]]).mean(1)
+        difference = np.abs(thumbnails[where[others]].astype(np.int16) - thumbnails[where[row]]).max(1)
         return [other for other, value in zip(others, difference, strict=True) if value <= self.max_difference]
 
     def _split(

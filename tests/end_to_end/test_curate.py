@@ -34,7 +34,7 @@ STAGES: list[Any] = [
     {"caption": {"min_words": 2}},
     {"image_size": {"min_side": 20}},
     "exact_duplicate",
-    {"near_duplicate": {"max_distance": 6, "max_difference": 10}},
+    {"near_duplicate": {"max_distance": 6, "max_difference": 30}},
     {"embedding": {"batch_size": 8}},
     {"image_text_score": {"top_fraction": 0.9}},
     {"clusters": {"count": 4}},

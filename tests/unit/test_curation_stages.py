@@ -60,6 +60,15 @@ def test_caption_words_characters_and_language(tmp_path: Path) -> None:
     assert table["text_language"].to_pylist()[4] == "de"
 
 
+def test_another_language_goes_only_if_it_is_sure(tmp_path: Path) -> None:
+    texts = ["ein kleines rotes Haus auf dem Hügel", "chien rouge", "a small red house"]
+    corpus = image_corpus(tmp_path / "c", [[Sample(text, text, picture(0)) for text in texts]])
+    table = run_plan(corpus, tmp_path / "o", [{"caption": {"languages": ["en"], "min_other_score": 0.7}}])
+    codes, scores = table["text_language"].to_pylist(), table["text_language_score"].to_pylist()
+    assert [code != "en" and score >= 0.7 for code, score in zip(codes, scores, strict=True)] == [True, False, False]
+    assert table["drop_reason"].to_pylist() == ["other_language", None, None]
+
+
 def test_languages_of_known_sentences() -> None:
     sentences = {
         "en": "The quick brown fox jumps over the lazy dog",
@@ -166,7 +175,7 @@ def look_alikes(tmp_path: Path, cuts: list[int]) -> tuple[pa.Table, list[Sample]
         ]
     parts = [samples[start:end] for start, end in zip([0, *cuts], [*cuts, len(samples)], strict=True)]
     corpus = image_corpus(tmp_path / "c", parts)
-    return run_plan(corpus, tmp_path / "o", [{"near_duplicate": {"max_distance": 6, "max_difference": 10}}]), samples
+    return run_plan(corpus, tmp_path / "o", [{"near_duplicate": {"max_distance": 6, "max_difference": 30}}]), samples
 
 
 def test_look_alikes_lose_all_but_one_whatever_the_fragments(tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_look_alikes_lose_all_but_one_whatever_the_fragments(tmp_path: Path) -> 
             mine, other = (perceptual_hash(decode(images[each["key"]])) for each in (row, keeper))
             assert (mine[0] ^ other[0]).bit_count() == row["near_duplicate_distance"] <= 6
             thumbnails = [np.frombuffer(each[1], np.uint8).astype(int) for each in (mine, other)]
-            assert np.abs(thumbnails[0] - thumbnails[1]).mean() <= 10
+            assert np.abs(thumbnails[0] - thumbnails[1]).max() <= 30
 
 
 def test_the_same_drawing_in_another_colour_is_no_duplicate(tmp_path: Path) -> None:
@@ -200,6 +209,24 @@ def test_the_same_drawing_in_another_colour_is_no_duplicate(tmp_path: Path) -> N
     corpus = image_corpus(tmp_path / "c", [[*samples, *flat, Sample("flat again", "a", _flat("#fefefe"))]])
     dropped = drops(run_plan(corpus, tmp_path / "o", ["near_duplicate"]))
     assert [key for key, reason in dropped.items() if reason] in (["flat white"], ["flat again"])
+
+
+def test_small_marks_on_white_are_not_alike(tmp_path: Path) -> None:
+    def mark(box: tuple[int, int, int, int]) -> bytes:
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste("black", box)
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        return buffer.getvalue()
+
+    # One in the middle, one a little longer: the hash and the mean difference take them for the same.
+    images = [mark((30, 30, 34, 34)), mark((26, 30, 38, 34))]
+    first, second = (perceptual_hash(decode(image)) for image in images)
+    assert (first[0] ^ second[0]).bit_count() <= 10
+    samples = [Sample(str(i), "a", image) for i, image in enumerate(images)]
+    corpus = image_corpus(tmp_path / "c", [samples])
+    table = run_plan(corpus, tmp_path / "o", [{"near_duplicate": {"max_distance": 10}}])
+    assert table["drop_reason"].to_pylist() == [None, None]
 
 
 def _flat(colour: str) -> bytes:

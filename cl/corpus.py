@@ -84,9 +84,14 @@ def content_hash(data: bytes) -> str:
     return blake3(data).hexdigest(length=16)
 
 
+def normal_text(text: str) -> str:
+    """A text as it is compared: white space and case do not count."""
+    return " ".join(text.split()).casefold()
+
+
 def text_pair_content(anchor: str, positive: str) -> str:
-    """The content hash of a text pair: white space and case do not count."""
-    return content_hash("\0".join(" ".join(text.split()).casefold() for text in (anchor, positive)).encode())
+    """The content hash of a text pair."""
+    return content_hash(f"{normal_text(anchor)}\0{normal_text(positive)}".encode())
 
 
 class Fragment(BaseModel):

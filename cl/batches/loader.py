@@ -41,7 +41,7 @@ class Batch:
     Attributes:
         views: what each tower reads: uint8 images [B, 3, H, W], token ids [B, L] or a dict of ids and mask.
         ids: 128-bit sample ids, int64 [B, 2]; 0 where padded.
-        content: 64-bit content ids, int64 [B]; equal content is no negative.
+        content: 64-bit content ids, int64 [B, views]; samples that agree in any view are not each other's negatives.
         weight: float32 [B]: 1, or 0 for padding and for samples that could not be decoded.
         epoch, step: the step's place; `step` counts within the epoch.
         key: integer of 63 bits fixed by (seed, epoch, step), the same on all workers, for the step's random choices.
@@ -188,7 +188,7 @@ class Loader:
             images,
             texts,
             np.zeros((rows, 2), np.int64),
-            np.zeros(rows, np.int64),
+            np.zeros((rows, len(self.inputs.views)), np.int64),
             np.zeros(rows, np.float32),
             [],
         )

@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from blake3 import blake3
 
 from cl import storage
 from cl.batches.cache import BoundedCache
 from cl.batches.plan import BatchPlan
-from cl.corpus import VIEWS
+from cl.corpus import VIEWS, normal_text
 from cl.errors import DataError
 
 _OPEN_FILES = 64
@@ -35,7 +36,8 @@ class ChunkRows:
 
     Attributes:
         ids: 128-bit sample ids, int64 [n, 2].
-        content: the first 64 bits of the content hashes, int64 [n].
+        content: 64 bits of a hash of what each view holds, int64 [n, views]: the image's bytes, or the text as it is
+            compared (`cl.corpus.normal_text`).
         table: the columns that the views need.
         shard: URL of the chunk's shards and whether it is local, by the name in the column `shard`.
     """
@@ -73,6 +75,7 @@ class CorpusReader:
         self._columns = ["id", "content", *(view for view in views if modalities[view] == "text")]
         if any(modalities[view] == "image" for view in views):
             self._columns += ["shard", "offset", "length"]
+        self._views = [(view, modalities[view]) for view in views]
         self._rows: BoundedCache[ChunkRows] = BoundedCache(cache_mib * 2**20 // 2)
         self._spans: BoundedCache[dict[str, tuple[int, bytes]]] = BoundedCache(cache_mib * 2**20 // 2)
         self._footers: BoundedCache[pq.FileMetaData] = BoundedCache(256)
@@ -134,7 +137,8 @@ class CorpusReader:
 
     def _read_rows(self, chunk: int) -> tuple[ChunkRows, int]:
         table = self._read_columns(chunk, self._columns)
-        ids, content = hex_words(table["id"]), hex_words(table["content"])[:, 0].copy()
+        ids = hex_words(table["id"])
+        content = np.stack([self._content(table, view, modality) for view, modality in self._views], 1)
         corpus = self.plan.corpora[self.plan.chunk(chunk).corpus]
         shard: dict[str, tuple[str, bool]] = {}
         for name in pc.unique(table["shard"]).to_pylist() if "shard" in table.column_names else ():
@@ -142,6 +146,12 @@ class CorpusReader:
             shard[name] = (url, storage.is_local(url))
         light = table.drop_columns(["id", "content"]).combine_chunks()
         return ChunkRows(ids, content, light, shard), int(light.nbytes + ids.nbytes + content.nbytes)
+
+    def _content(self, table: pa.Table, view: str, modality: str) -> np.ndarray:
+        if modality == "image":
+            return hex_words(table["content"])[:, 0]
+        digests = (blake3(normal_text(text).encode()).digest(length=8) for text in table[view].to_pylist())
+        return np.frombuffer(b"".join(digests), dtype=">i8").astype(np.int64)
 
     def _read_spans(self, rows: ChunkRows) -> tuple[dict[str, tuple[int, bytes]], int]:
         """The stretch of each remote shard that holds a chunk's images, where it is not mostly other bytes."""

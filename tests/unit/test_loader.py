@@ -58,6 +58,7 @@ def test_epoch_holds_every_sample_with_its_own_picture_and_text(corpus: Corpus) 
     plan = BatchPlan([corpus], 0, 32)
     table = {row["id"]: row for row in corpus.read().to_pylist()}
     seen = set()
+    captions: dict[str, int] = {}  # text -> its content id
     for batch in Loader(plan, 0, 1, inputs, steps=plan.steps_per_epoch):
         images, texts = tensor(batch, "image"), tensor(batch, "text")
         assert images.dtype == torch.uint8
@@ -66,7 +67,10 @@ def test_epoch_holds_every_sample_with_its_own_picture_and_text(corpus: Corpus) 
             identity = batch.ids[at].numpy().astype(">i8").tobytes().hex()
             row = table[identity]
             seen.add(identity)
-            assert batch.content[at].item() == int.from_bytes(bytes.fromhex(row["content"])[:8], signed=True)
+            columns = dict(zip(inputs.views, batch.content[at].tolist(), strict=True))
+            assert columns["image"] == int.from_bytes(bytes.fromhex(row["content"])[:8], signed=True)
+            compared = " ".join(row["text"].split()).casefold()
+            assert captions.setdefault(compared, columns["text"]) == columns["text"]
             with open(corpus.shard_url(row["shard"]), "rb") as shard:
                 shard.seek(row["offset"])
                 picture = load_image(shard.read(row["length"]), 64)
@@ -76,6 +80,7 @@ def test_epoch_holds_every_sample_with_its_own_picture_and_text(corpus: Corpus) 
             width = min(tokens.shape[1], texts.shape[1])
             assert torch.equal(texts[at, :width], tokens[0, :width])
     assert seen == set(table)
+    assert len(set(captions.values())) == len(captions)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

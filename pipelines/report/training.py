@@ -18,7 +18,7 @@ CURVES = (
     ("lr", "Learning rate", True),
     ("grad_norm", "Gradient norm before clipping", True),
     ("samples_per_second", "Samples a second", True),
-    ("data_wait", "Waiting for data (seconds a step)", True),
+    ("data_wait", "Waiting for data (share of the time)", True),
 )
 NOT_CURVES = {"step", "epoch", "samples", "seconds", "time"}
 MORE_CURVES = 6

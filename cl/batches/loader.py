@@ -58,6 +58,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.weight)
 
+    def rows(self, part: slice) -> Batch:
+        """The same step's batch with some of its samples."""
+        views: dict[str, Tensor | dict[str, Tensor]] = {
+            name: {field: tensor[part] for field, tensor in view.items()} if isinstance(view, dict) else view[part]
+            for name, view in self.views.items()
+        }
+        return replace(self, views=views, ids=self.ids[part], content=self.content[part], weight=self.weight[part])
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; pinned memory is copied without waiting."""
         views: dict[str, Tensor | dict[str, Tensor]] = {}

@@ -79,7 +79,7 @@ class CachedBatch(Generic[Chunk]):
         if isinstance(wrapper, DistributedDataParallel) and wrapper.static_graph:
             raise ConfigError(
                 "Gradient caching accumulates over chunks, which DDP cannot do with static_graph=True: wrap the model "
-                "with static_graph=False (find_unused_parameters=True if a tower has parameters that it does not use)."
+                "with static_graph=False."
             )
         self.encode, self.chunks, self.frozen, self.wrapper = encode, chunks, frozen, wrapper
         self.states: list[_RandomState] = []
@@ -130,6 +130,11 @@ class CachedBatch(Generic[Chunk]):
                 if last:  # the objective's parameters ride along, so that a wrapper synchronises them as well
                     for parameter, slope in zip(self.own, self.slopes[len(self.trained) :], strict=True):
                         total = total + (parameter * slope).sum()
+                    if isinstance(self.wrapper, DistributedDataParallel):
+                        # DDP waits for every parameter; one that no view uses takes part with slope 0.
+                        for parameter in self.wrapper.parameters():
+                            if parameter.requires_grad:
+                                total = total + 0.0 * parameter.sum()
                 if isinstance(total, Tensor):
                     (factor * total).backward()
             start += rows

@@ -87,6 +87,9 @@ class TrainConfig(Config):
     # A factory: to make the default loads the registry, which may import the user's package that imports this module.
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learnt")
     batch_size: int = Field(256, ge=2, description="samples of the global batch, whatever the number of workers")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples a worker encodes at a time (gradient caching, same result); null: all at once"
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     samples: int | None = Field(None, ge=1, description="samples seen; rounded up to whole steps")
     epochs: int | None = Field(None, ge=1, description="passes over the corpora")

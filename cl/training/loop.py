@@ -41,7 +41,7 @@ from cl.training.place import own_device, torchrun_group
 from cl.training.precision import cast, resolve
 from cl.training.randomness import seed_everything
 from cl.training.schedule import learning_rate, set_learning_rate
-from cl.training.step import TrainStep, wrap
+from cl.training.step import TrainStep, forward_backward, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class _Run:
 
     def _train(self, writer: MetricsWriter | None) -> str:
         cfg = self.cfg
-        module = wrap(self.step_module, self.device).train()
+        module = wrap(self.step_module, self.device, cached=cfg.micro_batch is not None).train()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         progress = self._progress()
         for callback in self.callbacks:
@@ -136,10 +136,9 @@ class _Run:
                 rate = learning_rate(cfg.schedule, cfg.optimizer.lr, step, self.total_steps)
                 set_learning_rate(self.optimizer, rate)
                 seed_everything(cfg.seed, "step", step, self.workers.rank)
-                output = module(batch)
-                output.loss.backward()
+                output = forward_backward(module, self.step_module, batch, cfg.micro_batch)
                 norm = gradient_norm(parameters, cfg.clip_norm)
-                loss, norm_value = torch.stack([output.loss.detach().double(), norm.double()]).tolist()
+                loss, norm_value = torch.stack([output.loss.double(), norm.double()]).tolist()
                 check_finite(loss, norm_value, step, output.finite, batch.ids, self.workers)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ FREE = {
     "workers",
     "checkpoint",
     "loader",
+    "micro_batch",
     "log_every",
     "callbacks",
 }

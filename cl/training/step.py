@@ -6,6 +6,7 @@ what the objectives' gradient convention expects (`cl.engine.collectives`).
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cl.batches.loader import Batch
 from cl.encoders import EncoderModel
+from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
+from cl.engine.outcome import Outcome
 from cl.errors import ConfigError
 from cl.objectives import Objective
 from cl.pairs import Pairs
@@ -51,20 +54,61 @@ class TrainStep(nn.Module):
         self.model, self.objective = model, objective
         self.workers, self.precision = workers, precision
 
-    def forward(self, batch: Batch) -> StepOutput:
-        weight = batch.weight
-        with autocast(self.precision, weight.device):
-            views = self.model(batch.views)
+    def forward(self, batch: Batch, skip: Collection[str] | None = None) -> StepOutput | dict[str, Tensor]:
+        """The step's outcome; or, for gradient caching, the embeddings of the views that are not in `skip` alone."""
+        wanted = {name: view for name, view in batch.views.items() if name not in (skip or ())}
+        with autocast(self.precision, batch.weight.device):
+            views = self.model(wanted)
+        return self.judge(views, batch) if skip is None else views
+
+    def judge(self, views: Mapping[str, Tensor], batch: Batch) -> StepOutput:
+        """The objective on the embeddings of a whole local batch."""
         finite = torch.stack([view.detach().isfinite().all(dim=1) for view in views.values()]).all(dim=0)
-        pairs = Pairs(views=views, ids=batch.ids, content=batch.content, weight=weight)
+        pairs = Pairs(views=views, ids=batch.ids, content=batch.content, weight=batch.weight)
         outcome = self.objective(pairs, self.workers)
-        return StepOutput(outcome.loss, outcome.metrics, finite | (weight == 0))
+        return StepOutput(outcome.loss, outcome.metrics, finite | (batch.weight == 0))
+
+    def frozen_views(self) -> list[str]:
+        """Views whose tower has nothing to train: gradient caching encodes them once."""
+        towers = self.model.towers
+        return [
+            view
+            for view, name in self.model.views.items()
+            if not any(p.requires_grad for p in towers[name].parameters())
+        ]
 
 
-def wrap(step: TrainStep, device: torch.device) -> nn.Module:
+def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_batch: int | None) -> StepOutput:
+    """One step's loss and its gradients in `.grad`.
+
+    Args:
+        module: `step` as `wrap` returned it.
+        step: towers and objective.
+        batch: this worker's part of the global batch.
+        micro_batch: samples encoded at a time (`cl.engine.cache`); the result is the same. None: all at once.
+    """
+    if micro_batch is None:
+        output: StepOutput = module(batch)
+        output.loss.backward()
+        return output._replace(loss=output.loss.detach())
+    judged: list[StepOutput] = []
+
+    def objective(views: Mapping[str, Tensor]) -> Outcome:
+        judged.append(step.judge(views, batch))
+        return Outcome(judged[0].loss, judged[0].metrics)
+
+    chunks = [batch.rows(slice(i, i + micro_batch)) for i in range(0, max(len(batch), 1), micro_batch)]
+    cached = CachedBatch(module, chunks, device=batch.weight.device, frozen=step.frozen_views(), wrapper=module)
+    outcome = cached.evaluate(objective, list(step.objective.parameters()))
+    cached.backward()
+    return judged[0]._replace(loss=outcome.loss)
+
+
+def wrap(step: TrainStep, device: torch.device, cached: bool = False) -> nn.Module:
     """Average gradients over the workers with DDP; a process alone needs no wrapper.
 
     The graph is the same at every step, which also lets DDP pass over parameters that a tower has but does not use.
+    Gradient caching (`cached`) accumulates over several graphs and sees to such parameters itself.
 
     Raises:
         ConfigError: batch norms whose statistics the workers cannot share.
@@ -82,5 +126,5 @@ def wrap(step: TrainStep, device: torch.device) -> nn.Module:
         process_group=step.workers.group,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=True,
+        static_graph=not cached,
     )

@@ -27,6 +27,7 @@ class Towers(nn.Module):
         torch.manual_seed(0)
         self.image = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 6))
         self.text = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 6))
+        self.idle = nn.Parameter(torch.ones(2))  # no view uses it
         self.objective: Objective = build_objective(ObjectiveConfig())
         self.double()
 

@@ -54,6 +54,15 @@ def test_same_loss_for_any_number_of_workers(
         assert shared == pytest.approx(alone, rel=bound, abs=bound)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_do_not_change_the_loss(pool: Pool, corpus: str, tmp_path: Path, size: int) -> None:
+    """Gradient caching, three samples at a time, also with a worker whose last batch is empty."""
+    one = losses(pool, 1, tiny_run(corpus, tmp_path / "one"))
+    cached = losses(pool, size, tiny_run(corpus, tmp_path / "cached", micro_batch=3))
+    for whole, parts in zip(one, cached, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-9, abs=1e-9)
+
+
 def test_resume_on_another_number_of_workers(pool: Pool, corpus: str, tmp_path: Path) -> None:
     """10 steps on two workers, then 10 on three, equal 20 on one."""
     one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", schedule={"kind": "constant"}))

@@ -23,9 +23,13 @@ def ray_session() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, tests that start Ray share one worker process: two at a time would starve each other."""
+    """Under pytest-xdist, what starts Ray shares one worker process, and what shares the gloo pool another.
+
+    Two Rays at a time would starve each other; one pool serves all tests of its group.
+    """
     for item in items:
-        folders = item.path.parts
-        alone = {"distributed", "end_to_end", "chaos"}.intersection(folders)
-        if alone or "ray_session" in getattr(item, "fixturenames", ()):
+        folders = set(item.path.parts)
+        if folders & {"end_to_end", "chaos"} or "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif "distributed" in folders:
+            item.add_marker(pytest.mark.xdist_group("pool"))

@@ -116,6 +116,7 @@ class Known:
     repeated: Tensor | None
     meta: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor]
+    masked: bool = True  # whether any weight of the whole side is 0
 
 
 @dataclass
@@ -153,9 +154,9 @@ class Tile:
         masks = []
         if self.row_view == self.column_view:
             masks.append(~self.own)
-        if not self.rows.weight.all():
+        if self.rows.masked:
             masks.append((self.rows.weight > 0)[:, None].expand(self.scores.shape))
-        if not self.columns.weight.all():
+        if self.columns.masked:
             masks.append((self.columns.weight > 0).expand(self.scores.shape))
         return _all(masks)
 

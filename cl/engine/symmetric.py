@@ -42,32 +42,38 @@ class Columns:
         content: [N, K] int64 or None: columns that agree with a row in any of K are not its negatives.
         repeated: [N, K] bool, which content ids occur more than once; most tiles have none and skip the comparison.
         first_row: the column of local row 0.
+        masked: whether any sample of the batch is masked; most batches have none and skip the mask.
     """
 
     weight: Tensor
     content: Tensor | None
     repeated: Tensor | None
     first_row: int
+    masked: bool
 
     @staticmethod
     def of(weight: Tensor, content: Tensor | None, layout: Layout) -> Columns:
         """Gather local weights [B] and content ids [B, K]; O(N) memory."""
         first_row = layout.local.start
         weight = layout.gather(weight)
+        masked = bool((weight == 0).any())
         if content is None:
-            return Columns(weight, None, None, first_row)
+            return Columns(weight, None, None, first_row, masked)
         content = layout.gather(content)
         repeated = torch.zeros_like(content, dtype=torch.bool)
         for k in range(content.shape[1]):
             _, inverse, counts = content[:, k].unique(return_inverse=True, return_counts=True)
             repeated[:, k] = counts[inverse] > 1
-        return Columns(weight, content, repeated, first_row)
+        if not repeated.any():
+            return Columns(weight, None, None, first_row, masked)
+        return Columns(weight, content, repeated, first_row, masked)
 
     def mask_(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Put -inf where a column is no candidate for a row: a masked sample, or the row's own content again."""
         global_rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
-        scores.masked_fill_(self.weight[columns] == 0, -torch.inf)
-        scores.masked_fill_((self.weight[global_rows] == 0)[:, None], -torch.inf)
+        if self.masked:
+            scores.masked_fill_(self.weight[columns] == 0, -torch.inf)
+            scores.masked_fill_((self.weight[global_rows] == 0)[:, None], -torch.inf)
         if self.content is None or self.repeated is None:
             return scores
         for k in range(self.content.shape[1]):

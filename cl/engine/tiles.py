@@ -45,13 +45,18 @@ class Columns:
             else workers.layout(len(side.sample), side.sample.device)
         )
         content = None if side.content is None else layout.gather(side.content)
+        repeated = None if content is None else _repeated(content)
+        if repeated is not None and not repeated.any():  # all different, as in most batches: nothing to compare
+            content = repeated = None
+        weight = layout.gather(side.weight)
         known = Known(
             sample=layout.gather(side.sample),
-            weight=layout.gather(side.weight),
+            weight=weight,
             content=content,
-            repeated=None if content is None else _repeated(content),
+            repeated=repeated,
             meta={name: layout.gather(value) for name, value in side.meta.items()},
             statistics={},
+            masked=bool((weight == 0).any()),
         )
         return Columns(side, layout, known)
 
@@ -73,6 +78,7 @@ def _slice(known: Known, at: slice, statistics: Mapping[str, Tensor]) -> Known:
         None if known.repeated is None else known.repeated[at],
         {name: value[at] for name, value in known.meta.items()},
         statistics,
+        known.masked,
     )
 
 

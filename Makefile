@@ -54,7 +54,7 @@ chaos: $(READY) ## tests that kill processes at random
 	@$(BIN)/python -m pytest -m chaos
 
 bench: $(READY) ## benchmarks against what a user would pick instead
-	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python "$$file"; done
+	@for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python "$$file"; done
 
 clean: ## remove .venv, caches and build results (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

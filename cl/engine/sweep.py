@@ -107,3 +107,12 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += product(left, right)
+
+
+def repeated_content(content: Tensor) -> Tensor:
+    """[N, K] bool: which content ids [N, K] occur more than once in their column; O(N) memory."""
+    repeated = torch.zeros_like(content, dtype=torch.bool)
+    for k in range(content.shape[1]):
+        _, inverse, counts = content[:, k].unique(return_inverse=True, return_counts=True)
+        repeated[:, k] = counts[inverse] > 1
+    return repeated

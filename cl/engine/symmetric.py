@@ -30,6 +30,7 @@ from cl.engine.sweep import (
     accumulation_type,
     add_product_,
     product,
+    repeated_content,
 )
 
 
@@ -60,10 +61,7 @@ class Columns:
         if content is None:
             return Columns(weight, None, None, first_row, masked)
         content = layout.gather(content)
-        repeated = torch.zeros_like(content, dtype=torch.bool)
-        for k in range(content.shape[1]):
-            _, inverse, counts = content[:, k].unique(return_inverse=True, return_counts=True)
-            repeated[:, k] = counts[inverse] > 1
+        repeated = repeated_content(content)
         if not repeated.any():
             return Columns(weight, None, None, first_row, masked)
         return Columns(weight, content, repeated, first_row, masked)

@@ -26,6 +26,7 @@ from cl.engine.sweep import (
     accumulation_type,
     add_product_,
     product,
+    repeated_content,
 )
 
 
@@ -45,7 +46,7 @@ class Columns:
             else workers.layout(len(side.sample), side.sample.device)
         )
         content = None if side.content is None else layout.gather(side.content)
-        repeated = None if content is None else _repeated(content)
+        repeated = None if content is None else repeated_content(content).any(1)
         if repeated is not None and not repeated.any():  # all different, as in most batches: nothing to compare
             content = repeated = None
         weight = layout.gather(side.weight)
@@ -59,15 +60,6 @@ class Columns:
             masked=bool((weight == 0).any()),
         )
         return Columns(side, layout, known)
-
-
-def _repeated(content: Tensor) -> Tensor:
-    """[N] bool: which rows share a content id with another; tiles without any skip the comparison."""
-    flags = torch.zeros(len(content), dtype=torch.bool, device=content.device)
-    for k in range(content.shape[1]):
-        _, inverse, counts = content[:, k].unique(return_inverse=True, return_counts=True)
-        flags |= counts[inverse] > 1
-    return flags
 
 
 def _slice(known: Known, at: slice, statistics: Mapping[str, Tensor]) -> Known:

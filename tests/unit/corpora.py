@@ -88,9 +88,11 @@ def image_corpus(
     return open_corpus(str(root))
 
 
-def text_corpus(root: Path, rows: int = 100, row_group: int = 10) -> Corpus:
-    """A text-text corpus."""
-    pairs = [(f"question {i} about things", f"answer {i}, which is {'long ' * (i % 7)}") for i in range(rows)]
+def text_corpus(root: Path, rows: int = 100, row_group: int = 10, pairs: list[tuple[str, str]] | None = None) -> Corpus:
+    """A text-text corpus of numbered pairs, or of those given."""
+    if pairs is None:
+        pairs = [(f"question {i} about things", f"answer {i}, which is {'long ' * (i % 7)}") for i in range(rows)]
+    rows = len(pairs)
     table = pa.table(
         {
             "id": [sample_id("test", str(i)) for i in range(rows)],

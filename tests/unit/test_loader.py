@@ -48,6 +48,15 @@ def same(a: Batch, b: Batch) -> bool:
     return (a.epoch, a.step, a.key) == (b.epoch, b.step, b.key) and all(torch.equal(x, y) for x, y in tensors)
 
 
+def test_texts_that_differ_in_case_and_space_are_the_same_content(tmp_path: Path) -> None:
+    corpus = text_corpus(tmp_path, pairs=[("A cat", "one"), ("a  CAT", "two"), ("a dog", "Two "), ("a cow", "three")])
+    reader = CorpusReader(BatchPlan([corpus], 0, 4, shuffle=False), ["anchor", "positive"])
+    anchors, positives = reader.rows(0).content.T
+    assert anchors[0] == anchors[1]
+    assert positives[1] == positives[2]
+    assert len(set(anchors)) == len(set(positives)) == 3
+
+
 def ids_of(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
     return [tuple(row) for batch in batches for row in batch.ids[batch.weight > 0].tolist()]
 

@@ -65,7 +65,38 @@ def siglip(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str
     return batch.mean(-logsigmoid(z * logits).masked_fill(batch.excluded, 0).sum(1))
 
 
+def dcl(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """Yeh et al. 2022, eq. 6: the sum over negatives alone; samples without negatives take no part in the mean."""
+    first, second = batch.views.values()
+    scores = parameters["temperature.log_scale"].exp() * first @ second.T
+    negatives = scores.masked_fill(batch.excluded | batch.own, -torch.inf)
+    loss = torch.zeros((), dtype=scores.dtype)
+    dims = [1, 0] if settings.get("direction", "both") == "both" else [1]
+    for dim in dims:
+        rest = negatives.logsumexp(dim)
+        some = rest > -torch.inf
+        weight = batch.weight * some
+        terms = rest.where(some, 0) - scores.diagonal()
+        loss = loss + (weight * terms).sum() / weight.sum().clamp_min(1e-30) / len(dims)
+    return loss
+
+
+def ntxent(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """Chen et al. 2020, eq. 1, on the 2N embeddings of both views: cross-entropy over all but the anchor itself."""
+    count = len(batch.weight)
+    both = torch.cat(list(batch.views.values()))
+    scores = parameters["temperature.log_scale"].exp() * both @ both.T
+    itself = torch.eye(2 * count, dtype=torch.bool)
+    positive = itself.roll(count, 1)
+    masked = (batch.weight == 0).repeat(2)
+    excluded = batch.same.repeat(2, 2) & ~positive | itself | masked[None] | masked[:, None]
+    terms = scores.masked_fill(excluded, -torch.inf).logsumexp(1) - scores[positive]
+    return batch.mean((terms[:count] + terms[count:]) / 2)
+
+
 REFERENCES: dict[str, Reference] = {
     "infonce": Reference(infonce, [{}, {"direction": "forward"}, {"direction": "backward"}]),
+    "dcl": Reference(dcl, [{}, {"direction": "forward"}]),
+    "ntxent": Reference(ntxent),
     "siglip": Reference(siglip),
 }

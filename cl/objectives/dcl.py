@@ -9,19 +9,16 @@ candidates. A sample without any negative has no loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.temperature import Temperature, TemperatureConfig
-from cl.objectives.tiled import TiledConfig, TiledObjective
+from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
-class DecoupledConfig(TiledConfig, TemperatureConfig):
+class DecoupledConfig(ScaledConfig):
     direction: Literal["both", "forward"] = Field("both", description="forward: first view against second alone")
 
 
@@ -30,14 +27,13 @@ class DecoupledConfig(TiledConfig, TemperatureConfig):
     "InfoNCE with the positive left out of the sum over candidates",
     paper="Decoupled Contrastive Learning",
 )
-class Decoupled(TiledObjective):
+class Decoupled(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = DecoupledConfig
 
     def __init__(self, config: DecoupledConfig) -> None:
         super().__init__(config)
-        self.temperature = Temperature(config)
         self.both = config.direction == "both"
 
     def tile(self, t: Tile) -> Reductions:
@@ -52,9 +48,3 @@ class Decoupled(TiledObjective):
         return [
             Term(s["rest", view] - positive, valid=s["rest", view].isfinite(), factor=1 / len(views)) for view in views
         ]
-
-    def measures(self) -> Mapping[str, Tensor]:
-        return {"logit_scale": self.temperature().detach()}
-
-    def clamp_(self) -> None:
-        self.temperature.clamp_()

@@ -9,18 +9,13 @@ candidates of the anchor's own view count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.temperature import Temperature, TemperatureConfig
-from cl.objectives.tiled import TiledConfig, TiledObjective
-
-
-class NTXentConfig(TiledConfig, TemperatureConfig):
-    """The fields that all tiled objectives with one temperature have."""
+from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
 @OBJECTIVES.register(
@@ -28,14 +23,10 @@ class NTXentConfig(TiledConfig, TemperatureConfig):
     "InfoNCE over both views at once, negatives of the anchor's own view included (SimCLR)",
     paper="A Simple Framework for Contrastive Learning of Visual Representations",
 )
-class NTXent(TiledObjective):
+class NTXent(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    Config = NTXentConfig
-
-    def __init__(self, config: NTXentConfig) -> None:
-        super().__init__(config)
-        self.temperature = Temperature(config)
+    Config = ScaledConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         first, second = views
@@ -50,9 +41,3 @@ class NTXent(TiledObjective):
     def finish(self, s: Samples) -> Tensor:
         first, second = s.views
         return (s["lse", first] + s["lse", second]) / 2 - self.temperature() * s.own(first, second)
-
-    def measures(self) -> Mapping[str, Tensor]:
-        return {"logit_scale": self.temperature().detach()}
-
-    def clamp_(self) -> None:
-        self.temperature.clamp_()

@@ -17,11 +17,10 @@ from torch.nn.functional import softplus
 
 from cl.engine.rule import Reductions, Samples, Tile, row_sum
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.temperature import Temperature, TemperatureConfig
-from cl.objectives.tiled import TiledConfig, TiledObjective
+from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
-class SigLIPConfig(TiledConfig, TemperatureConfig):
+class SigLIPConfig(ScaledConfig):
     temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
     bias: float = Field(-10.0, description="initial bias of the logits")
     learn_bias: bool = Field(True, description="train the bias")
@@ -32,7 +31,7 @@ class SigLIPConfig(TiledConfig, TemperatureConfig):
     "a binary choice for every pair: sigmoid instead of softmax, with a learnt bias",
     paper="Sigmoid Loss for Language Image Pre-Training",
 )
-class SigLIP(TiledObjective):
+class SigLIP(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature, and the bias."""
 
     Config = SigLIPConfig
@@ -40,7 +39,6 @@ class SigLIP(TiledObjective):
 
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__(config)
-        self.temperature = Temperature(config)
         bias = torch.tensor(config.bias)
         if config.learn_bias:
             self.bias = nn.Parameter(bias)
@@ -55,7 +53,4 @@ class SigLIP(TiledObjective):
         return s["loss"]
 
     def measures(self) -> Mapping[str, Tensor]:
-        return {"logit_scale": self.temperature().detach(), "logit_bias": self.bias.detach()}
-
-    def clamp_(self) -> None:
-        self.temperature.clamp_()
+        return {**super().measures(), "logit_bias": self.bias.detach()}

@@ -15,6 +15,7 @@ from cl.engine.rule import Rule
 from cl.engine.sweep import Exchange, Tiling
 from cl.engine.tiles import evaluate, sides_of
 from cl.objectives.base import Objective
+from cl.objectives.temperature import Temperature, TemperatureConfig
 from cl.pairs import Pairs
 
 
@@ -49,3 +50,21 @@ class TiledObjective(Objective, Rule):
     def measures(self) -> Mapping[str, Tensor]:
         """Numbers for the log: the objective's own parameters, detached."""
         return {}
+
+
+class ScaledConfig(TiledConfig, TemperatureConfig):
+    """Fields of tiled objectives with one global temperature."""
+
+
+class ScaledObjective(TiledObjective):
+    """A tiled objective with one global temperature, which it logs and keeps in range."""
+
+    def __init__(self, config: ScaledConfig) -> None:
+        super().__init__(config)
+        self.temperature = Temperature(config)
+
+    def measures(self) -> Mapping[str, Tensor]:
+        return {"logit_scale": self.temperature().detach()}
+
+    def clamp_(self) -> None:
+        self.temperature.clamp_()

@@ -1,6 +1,6 @@
 """Registries: what Clew can be told to use by name, its own and a user's.
 
-A registry fills itself on first use: it imports every module of one package, then the entry points of one group,
+A registry fills itself on first use: it imports every module below one package, then the entry points of one group,
 so a user's package adds a tower, an objective, a stage, a metric or a callback without touching Clew:
 
     [project.entry-points."clew.objectives"]
@@ -64,8 +64,8 @@ class Registry(Generic[T]):
             return
         self._loaded = True
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            importlib.import_module(module.name)
         for point in metadata.entry_points(group=self.group):
             if point.name in self._entries:
                 raise ConfigError(f"The {self.kind} {point.name!r} of {point.value} is already registered.")

@@ -111,6 +111,10 @@ class Layout:
         dist.reduce_scatter_single(out, value.contiguous(), group=self.workers.group)
         return out[: self.rows[self.workers.rank]]
 
+    def complete(self, adjoint: Tensor) -> Tensor:
+        """The adjoints of all rows [N, ...], each in the hands of the worker that owns the row."""
+        return self.gather(adjoint)
+
     def ring(self, *values: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Let every worker's rows visit every worker: yields (owner, its rows of each value), own rows first.
 
@@ -148,6 +152,25 @@ class Layout:
         for work in self._shift([value.contiguous()], [arriving]):
             work.wait()
         return arriving
+
+
+class Replicated(Layout):
+    """Rows that every worker holds alike (queues, prototypes): gathering is no work, and gradients are each worker's
+    part, as for any replicated parameter.
+    """
+
+    @property
+    def local(self) -> slice:
+        return slice(0, self.total)
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value.detach()
+
+    def reduce_scatter(self, value: Tensor) -> Tensor:
+        return value
+
+    def complete(self, adjoint: Tensor) -> Tensor:
+        return self.workers.all_reduce(adjoint.clone())
 
 
 def _pad_to(value: Tensor, rows: int) -> Tensor:

@@ -6,6 +6,7 @@ column part (tiles whose columns are v: partial on every worker, all-reduced). B
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cl.engine.collectives import Layout
-from cl.engine.rule import Reduction
+from cl.engine.reduction import Reduction
 
 Key = tuple[str, str]  # name of the statistic, view
 
@@ -26,6 +27,18 @@ def merge_lse(first: Tensor, second: Tensor) -> Tensor:
 def weights_of(lse: Tensor, total: Tensor) -> Tensor:
     """exp(lse - total), 0 where nothing was counted."""
     return (lse - total.where(total > -torch.inf, 0)).exp()
+
+
+def best(values: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `values` [n, m] and their `positions` [n, m]; among equals the smaller position."""
+    if values.shape[1] > k:
+        top = values.topk(k, dim=1)
+        if bool(((values >= top.values[:, -1:]) & (values > -torch.inf)).sum(1).le(k).all()):
+            values, positions = top.values, positions.gather(1, top.indices)
+    order = positions.argsort(dim=1)
+    values, positions = values.gather(1, order), positions.gather(1, order)
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return values.gather(1, order), positions.gather(1, order)
 
 
 @dataclass
@@ -49,8 +62,10 @@ class Part:
         position = torch.full((rows, reduction.k), -1, dtype=torch.int64, device=like.device)
         return Part("top", like.new_full((rows, reduction.k), -torch.inf), position=position)
 
-    def add_(self, at: slice, reduction: Reduction, counts: Tensor | None, first_column: int) -> None:
-        """Take one tile's entries in; `at` are the rows (or columns) of the tile in this part."""
+    def add_(self, at: slice, reduction: Reduction, counts: Tensor | None, first: int) -> None:
+        """Take one tile's entries in; `at` are the rows (or columns) of the tile in this part, `first` the position of
+        the first entry that is reduced.
+        """
         dim = 1 if reduction.axis == "row" else 0
         values = reduction.values
         if self.kind == "sum":
@@ -70,12 +85,11 @@ class Part:
             self.lse[at] = total
         else:
             assert self.position is not None
-            columns = torch.arange(first_column, first_column + values.shape[1], device=values.device)
-            every = torch.cat([self.value[at], values], 1)
-            positions = torch.cat([self.position[at], columns.expand(values.shape)], 1)
-            # A stable sort keeps the first column first among equals, whatever the tiles.
-            best = every.sort(dim=1, descending=True, stable=True).indices[:, : reduction.k]
-            self.value[at], self.position[at] = every.gather(1, best), positions.gather(1, best)
+            values = values if dim == 1 else values.T
+            entries = torch.arange(first, first + values.shape[1], device=values.device).expand(values.shape)
+            entries = entries.where(values > -torch.inf, -1)
+            every, positions = torch.cat([self.value[at], values], 1), torch.cat([self.position[at], entries], 1)
+            self.value[at], self.position[at] = best(every, positions, reduction.k)
 
     def all_reduce_(self, layout: Layout) -> None:
         """Complete a column part over the workers."""
@@ -84,6 +98,17 @@ class Part:
             return
         if self.kind == "sum":
             workers.all_reduce(self.value)
+            return
+        if self.kind == "top":
+            assert self.position is not None
+            every = Layout(workers, (len(self.value),) * workers.size)
+            size, k = self.value.shape
+
+            def beside(value: Tensor) -> Tensor:
+                """[n, W k]: what all workers hold of each row."""
+                return every.gather(value).view(workers.size, size, k).transpose(0, 1).reshape(size, workers.size * k)
+
+            self.value, self.position = best(beside(self.value), beside(self.position), k)
             return
         lse = self.value if self.kind == "lse" else self.lse
         assert lse is not None
@@ -106,6 +131,12 @@ class Part:
             return Part("sum", self.value + other.value)
         if self.kind == "lse":
             return Part("lse", merge_lse(self.value, other.value))
+        if self.kind == "top":
+            assert self.position is not None
+            assert other.position is not None
+            positions = torch.cat([self.position, other.position], 1)
+            value, position = best(torch.cat([self.value, other.value], 1), positions, self.value.shape[1])
+            return Part("top", value, position=position)
         assert self.lse is not None
         assert other.lse is not None
         total = merge_lse(self.lse, other.lse)
@@ -113,7 +144,15 @@ class Part:
         return Part("mean", mean, total)
 
     def select(self, rows: slice) -> Part:
-        return Part(self.kind, self.value[rows], None if self.lse is None else self.lse[rows])
+        return self._each(lambda value: value[rows])
+
+    def gathered(self, layout: Layout) -> Part:
+        """The same of all workers' rows."""
+        return self._each(layout.gather)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Part:
+        lse = None if self.lse is None else function(self.lse)
+        return Part(self.kind, function(self.value), lse, None if self.position is None else function(self.position))
 
 
 @dataclass
@@ -151,8 +190,5 @@ class Running:
                 finished[key] = Finished(column.select(layout.local), column)
                 continue
             local = row if column is None else row.merged(column.select(layout.local))
-            everyone = Part(
-                local.kind, layout.gather(local.value), None if local.lse is None else layout.gather(local.lse)
-            )
-            finished[key] = Finished(local, everyone)
+            finished[key] = Finished(local, local.gathered(layout))
         return finished

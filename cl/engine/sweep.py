@@ -7,6 +7,7 @@ same result; they differ in memory (all columns, two blocks, one block) and in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cl.engine.collectives import Layout
+from cl.engine.collectives import Layout, Replicated
 
 Exchange = Literal["gather", "ring", "local"]
 
@@ -25,6 +26,14 @@ class Tiling:
 
     rows: int = 256
     columns: int = 2048
+
+    def shrunk(self, cost: int) -> Tiling:
+        """The same memory where each entry of a tile costs `cost` numbers."""
+        if cost <= 1:
+            return self
+        entries = max(self.rows * self.columns // cost, 1)
+        rows = max(1, min(self.rows, math.isqrt(entries)))
+        return Tiling(rows, max(1, min(self.columns, entries // rows)))
 
     def cut(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
         """Row and column slices that cover rows x columns once, a band of columns at a time.
@@ -42,7 +51,7 @@ class Block:
 
     start: int
     values: Tensor
-    gradient: Tensor  # [n, D] in the accumulation type, to be added to in place; empty in a forward sweep
+    gradient: Tensor  # [n, ...] in the accumulation type, to be added to in place; empty in a forward sweep
 
 
 class ColumnExchange:
@@ -59,7 +68,7 @@ class ColumnExchange:
         self, values: Tensor, layout: Layout, exchange: Exchange, accumulate: torch.dtype | None = None
     ) -> None:
         self.values, self.layout, self.accumulate = values.detach(), layout, accumulate
-        self.ring = exchange == "ring" and layout.workers.size > 1
+        self.ring = exchange == "ring" and layout.workers.size > 1 and not isinstance(layout, Replicated)
         self._gradient = values.new_empty(0)
 
     def __iter__(self) -> Iterator[Block]:
@@ -77,7 +86,7 @@ class ColumnExchange:
     def _zeros(self, rows: int) -> Tensor:
         if self.accumulate is None:
             return self.values.new_empty(0)
-        return torch.zeros(rows, self.values.shape[1], dtype=self.accumulate, device=self.values.device)
+        return torch.zeros(rows, *self.values.shape[1:], dtype=self.accumulate, device=self.values.device)
 
     def gradient(self) -> Tensor:
         """After the sweep: the gradient [B, D] of this worker's columns, summed over all workers."""

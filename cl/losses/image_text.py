@@ -15,9 +15,10 @@ from torch.nn.functional import softplus
 
 from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Rule, Samples, Tile, row_sum
+from cl.engine.side import sides_of
 from cl.engine.sweep import Tiling
 from cl.engine.symmetric import symmetric_infonce
-from cl.engine.tiles import evaluate, sides_of
+from cl.engine.tiles import evaluate
 from cl.errors import ConfigError
 
 

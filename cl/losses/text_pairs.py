@@ -25,8 +25,9 @@ from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
 from cl.engine.rule import Reduction, Reductions, Rule, Samples, Tile, column_lse, row_lse
+from cl.engine.side import sides_of
 from cl.engine.sweep import Exchange, Tiling
-from cl.engine.tiles import evaluate, sides_of
+from cl.engine.tiles import evaluate
 from cl.errors import ConfigError
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 from torch import nn
@@ -10,14 +10,26 @@ from torch import nn
 from cl.config import Config, parse_config
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
+from cl.errors import ConfigError
 from cl.pairs import Pairs
 from cl.registry import Registry
 
 
 class Objective(nn.Module):
-    """Base of all objectives. A subclass sets `Config`, the pydantic model of its settings."""
+    """Base of all objectives.
+
+    A subclass sets `Config`, the pydantic model of its settings, and says for the table of objectives what it needs.
+
+    Attributes:
+        needs: what the batch must hold beside two views: "class labels", "negatives", "teacher views", ...
+        state: what outlives a step and is in the checkpoint: "queue", "prototypes", ...
+        memory: how memory grows; "batch x dim" for everything that is evaluated tile by tile.
+    """
 
     Config: type[Config]
+    needs: ClassVar[tuple[str, ...]] = ()
+    state: ClassVar[tuple[str, ...]] = ()
+    memory: ClassVar[str] = "batch x dim"
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         raise TypeError(f"{type(self).__name__} must define forward(pairs, workers).")
@@ -54,7 +66,21 @@ def _settings(data: dict[str, Any]) -> Config:
     return parse_config(OBJECTIVES[name].Config, fields, where=f"objective {name!r}")
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a config describes."""
+def build_objective(config: ObjectiveConfig, dimensions: int | None = None) -> Objective:
+    """The objective that a config describes.
+
+    Args:
+        config: name and settings.
+        dimensions: those of the embeddings, for objectives with weights of that size (prototypes, predictors) whose
+            config does not say.
+
+    Raises:
+        ConfigError: the objective needs to know the dimensions, and nobody says.
+    """
     cls: Any = OBJECTIVES[config.name]
-    return cls(_settings(config.model_dump()))
+    settings: Any = _settings(config.model_dump())
+    if "dimensions" in type(settings).model_fields and settings.dimensions is None:
+        if dimensions is None:
+            raise ConfigError(f"Objective {config.name!r} needs the field dimensions: the size of the embeddings.")
+        settings = settings.model_copy(update={"dimensions": dimensions})
+    return cls(settings)

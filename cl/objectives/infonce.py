@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 
 from cl.engine.collectives import Workers
-from cl.engine.sweep import Exchange, Tiling
+from cl.engine.exchange import ExchangeChoice, Exchanger
+from cl.engine.sweep import Tiling
 from cl.engine.symmetric import symmetric_infonce
 from cl.objectives.base import OBJECTIVES, Objective, Outcome
 from cl.objectives.temperature import Temperature, TemperatureConfig
@@ -27,7 +28,9 @@ from cl.pairs import Pairs
 class InfoNCEConfig(TemperatureConfig):
     views: tuple[str, str] | None = Field(None, description="the two views to compare; default: the batch's two views")
     direction: Literal["both", "forward", "backward"] = Field("both", description="forward: first view against second")
-    exchange: Exchange = Field("gather", description="how candidates of other workers are seen; local: not at all")
+    exchange: ExchangeChoice = Field(
+        "auto", description="how candidates of other workers are seen; local: not at all; auto: by size and memory"
+    )
     tile_rows: int = Field(256, ge=1, description="anchors a tile")
     tile_columns: int = Field(2048, ge=1, description="candidates a tile")
 
@@ -47,6 +50,7 @@ class InfoNCE(Objective):
         self.config = config
         self.temperature = Temperature(config)
         self.forward_share = {"both": 0.5, "forward": 1.0, "backward": 0.0}[config.direction]
+        self.exchanger = Exchanger(config.exchange)
         self.tiling = Tiling(config.tile_rows, config.tile_columns)
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
@@ -65,7 +69,7 @@ class InfoNCE(Objective):
             weight=weight,
             content=pairs.content_columns(),
             forward_share=self.forward_share or 1.0,
-            exchange=self.config.exchange,
+            exchange=self.exchanger(layout.total, anchors.shape[1], anchors.element_size(), workers),
             tiling=self.tiling,
         )
         # exp(positive - lse) is the probability that the model gives to the right candidate.

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cl.config import Config
-from cl.engine.collectives import Workers
+from cl.engine.collectives import Layout, Workers
+from cl.engine.exchange import ExchangeChoice, Exchanger
 from cl.engine.outcome import Outcome
-from cl.engine.rule import Rule
-from cl.engine.sweep import Exchange, Tiling
-from cl.engine.tiles import evaluate, sides_of
+from cl.engine.randomness import keys_of
+from cl.engine.rule import Comparison, Rule
+from cl.engine.side import Side, sides_of
+from cl.engine.sweep import Tiling
+from cl.engine.tiles import evaluate
+from cl.errors import DataError
 from cl.objectives.base import Objective
 from cl.objectives.temperature import Temperature, TemperatureConfig
 from cl.pairs import Pairs
@@ -23,7 +30,10 @@ class TiledConfig(Config):
     """Fields of every objective that is evaluated tile by tile."""
 
     views: list[str] | None = Field(None, description="the views to compare, in order; default: all of the batch")
-    exchange: Exchange = Field("gather", description="how candidates of other workers are seen; local: not at all")
+    extra: list[str] = Field([], description="further embeddings to compare with, such as mined negatives, by name")
+    exchange: ExchangeChoice = Field(
+        "auto", description="how candidates of other workers are seen; local: not at all; auto: by size and memory"
+    )
     tile_rows: int = Field(256, ge=1, description="anchors a tile")
     tile_columns: int = Field(2048, ge=1, description="candidates a tile")
 
@@ -33,23 +43,86 @@ class TiledObjective(Objective, Rule):
 
     def __init__(self, config: TiledConfig) -> None:
         super().__init__()
-        self.exchange: Exchange = config.exchange
+        self.exchanger = Exchanger(config.exchange)
         self.tiling = Tiling(config.tile_rows, config.tile_columns)
         self.view_names: Sequence[str] | None = config.views
+        self.extra: Sequence[str] = config.extra
+
+    def labels(self) -> Collection[str]:
+        """The labels that `tile` reads of rows and columns."""
+        return []
+
+    def comparisons(self, views: Sequence[str]) -> Sequence[tuple[str, str] | Comparison]:
+        """The first view against the second, and against whatever `extra` names."""
+        return [(views[0], views[1]), *((views[0], name) for name in self.extra)]
+
+    def constants(self, pairs: Pairs) -> list[Side]:
+        """Sides that every worker holds alike: queues, prototypes (`replicated`)."""
+        return []
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
-        names = self.view_names or list(pairs.views)
-        views = {name: pairs.view(name) for name in names}
-        first = views[names[0]]
-        weight = pairs.weights(torch.float64 if first.dtype == torch.float64 else torch.float32)
-        layout = workers.layout(len(pairs), first.device)
-        sides = sides_of(views, layout, weight, content=pairs.content_columns())
-        loss, _ = evaluate(self, sides, workers, self.exchange, self.tiling)
+        layout = workers.layout(len(pairs), pairs.device)
+        meta = {name: pairs.label(name) for name in self.labels()}
+        if pairs.ids is not None:
+            meta["key"] = keys_of(pairs.ids)
+        views = self._view_sides(pairs, layout, meta)
+        widest = max(views, key=lambda side: side.embeddings.shape[1:].numel()).embeddings
+        exchange = self.exchanger(layout.total, widest.shape[1:].numel(), widest.element_size(), workers)
+        own = slice(None) if exchange != "local" else layout.local
+        loss, _ = evaluate(
+            self,
+            [*views, *(_extra_side(name, pairs, views[0]) for name in self.extra), *self.constants(pairs)],
+            workers,
+            exchange,
+            self.tiling,
+            weight=pairs.weights(),
+            meta={**pairs.labels, **meta},
+            targets={name: value[:, own] for name, value in pairs.targets.items()},
+            clock=pairs.clock,
+        )
         return Outcome(loss, dict(self.measures()))
+
+    def _view_sides(self, pairs: Pairs, layout: Layout, meta: Mapping[str, Tensor]) -> list[Side]:
+        """The views of the batch, masked where a sample does not have them; token-wise ones of equal length."""
+        views = {name: pairs.view(name) for name in self.view_names or pairs.views}
+        sides = sides_of(views, layout, pairs.weights(), content=pairs.content_columns(), meta=meta)
+        for number, side in enumerate(sides):
+            name = side.name
+            if name in pairs.present:
+                side = replace(side, weight=pairs.view_weights(name))
+            if side.embeddings.dim() == 3:
+                embeddings, tokens = _same_length(side.embeddings, pairs.tokens.get(name), layout)
+                side = replace(side, embeddings=embeddings, meta={**meta, "tokens": tokens})
+            sides[number] = side
+        return sides
 
     def measures(self) -> Mapping[str, Tensor]:
         """Numbers for the log: the objective's own parameters, detached."""
         return {}
+
+
+def _same_length(tokens: Tensor, mask: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Token embeddings [B, T, D] and their mask [B, T], padded to the longest of all workers."""
+    mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    longest = torch.tensor(tokens.shape[1], device=tokens.device)
+    missing = int(layout.workers.all_reduce(longest, dist.ReduceOp.MAX)) - tokens.shape[1]
+    return pad(tokens, (0, 0, 0, missing)), pad(mask, (0, missing))
+
+
+def _extra_side(name: str, pairs: Pairs, samples: Side) -> Side:
+    """The embeddings of `pairs.extra[name]` as columns that belong to their owners."""
+    if name not in pairs.extra:
+        have = ", ".join(pairs.extra) or "none"
+        raise DataError(f"The objective compares with {name!r}, but the batch's further embeddings are: {have}.")
+    extra = pairs.extra[name]
+    weight = (pairs.weights()[extra.owner] > 0).to(pairs.dtype)
+    if extra.weight is not None:
+        weight = weight * extra.weight.to(weight)
+    content = extra.content
+    if content is None and extra.role == "positive" and samples.content is not None:
+        content = samples.content[extra.owner]
+    side = Side(name, extra.embeddings, samples.sample[extra.owner], weight, content)
+    return side if extra.role == "positive" else replace(side, role="negative")
 
 
 class ScaledConfig(TiledConfig, TemperatureConfig):

@@ -77,7 +77,7 @@ class _Run:
         self.plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
         self.total_steps = cfg.total_steps(self.plan.steps_per_epoch)
         self.model: EncoderModel = build_model(cfg.model, seed=cfg.seed)
-        self.objective = build_objective(cfg.objective)
+        self.objective = build_objective(cfg.objective, cfg.model.embed_dim)
         self.precision = self._agree_on_precision()
         cast(self.model, self.precision).to(device)
         cast(self.objective, self.precision).to(device)

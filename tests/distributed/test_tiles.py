@@ -31,8 +31,9 @@ from cl.engine.rule import (
     row_sum,
     row_top,
 )
+from cl.engine.side import sides_of
 from cl.engine.sweep import Exchange, Tiling
-from cl.engine.tiles import evaluate, sides_of
+from cl.engine.tiles import evaluate
 from tests.distributed.pool import Pool, gradient
 
 

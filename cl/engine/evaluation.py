@@ -1,0 +1,249 @@
+"""The forward half of evaluating a rule: sweeps that reduce tiles to statistics, and the loss from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl.engine.collectives import Layout, Workers
+from cl.engine.reduction import Reduction, Reductions
+from cl.engine.rule import Comparison, Rule, Samples, Term, Tiler
+from cl.engine.side import Columns
+from cl.engine.statistics import Finished, Key, Part, Running
+from cl.engine.sweep import Block, ColumnExchange, Exchange, Tiling, accumulation_type, product
+from cl.engine.tile import Tile
+from cl.pairs import Clock
+
+MAIN = ""  # the channel of the comparison's own scores
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One tile's place: rows `i` and columns `j` of the present blocks; `at` are the same columns among all."""
+
+    comparison: Comparison
+    i: slice
+    j: slice
+    at: slice
+    blocks: Mapping[str, Block]  # by column view
+
+    @property
+    def channels(self) -> dict[str, tuple[str, str]]:
+        """Channel -> (row view, column view), the comparison's own scores first."""
+        return {MAIN: (self.comparison.rows, self.comparison.columns), **self.comparison.channels}
+
+
+@dataclass
+class Evaluation:
+    """One step of one rule: what does not change between forward and backward."""
+
+    rule: Rule
+    columns: dict[str, Columns]  # by view
+    sample: Tensor  # [B], the global numbers of this worker's samples
+    weight: Tensor  # [B] of the samples
+    meta: Mapping[str, Tensor]  # [B, ...] of the samples
+    targets: Mapping[str, Tensor]  # [B, N]
+    exchange: Exchange
+    tiling: Tiling
+    workers: Workers  # over whom the loss is a mean
+    clock: Clock
+
+    def comparisons(self) -> list[Comparison]:
+        return [Comparison(*each) for each in self.rule.comparisons(list(self.columns))]
+
+    def offsets(self, axis: Literal["row", "column"]) -> dict[str, int]:
+        """The number of the first column (row) of each view in the indices of a top-k, which may span several views."""
+        offsets: dict[str, int] = {}
+        total = 0
+        for comparison in self.comparisons():
+            view = comparison.columns if axis == "row" else comparison.rows
+            if view not in offsets:
+                offsets[view] = total
+                total += self.columns[view].layout.total
+        return offsets
+
+    def groups(self) -> list[tuple[list[str], list[Comparison]]]:
+        """Comparisons by column view, so that columns are brought here once: (views to bring, comparisons)."""
+        found: dict[str, tuple[list[str], list[Comparison]]] = {}
+        for comparison in self.comparisons():
+            views, comparisons = found.setdefault(comparison.columns, ([comparison.columns], []))
+            views += [column for _, column in comparison.channels.values() if column not in views]
+            comparisons.append(comparison)
+        return list(found.values())
+
+    def exchanges(
+        self, views: Sequence[str], embeddings: Mapping[str, Tensor], accumulate: bool = False
+    ) -> dict[str, ColumnExchange]:
+        """One exchange a column view; with gradients to bring home where `accumulate` and the view is trained."""
+        made = {}
+        for view in views:
+            kind = accumulation_type(embeddings[view].dtype) if accumulate and self.columns[view].trained else None
+            made[view] = ColumnExchange(embeddings[view], self.columns[view].layout, self.exchange, kind)
+        return made
+
+    def cuts(
+        self,
+        exchanges: Mapping[str, ColumnExchange],
+        embeddings: Mapping[str, Tensor],
+        comparisons: Sequence[Comparison],
+    ) -> Iterator[Cut]:
+        """Every tile of a sweep over one group of comparisons."""
+        for blocks in zip(*exchanges.values(), strict=True):
+            by_view = dict(zip(exchanges, blocks, strict=True))
+            for comparison in comparisons:
+                block = by_view[comparison.columns]
+                rows = len(embeddings[comparison.rows])
+                for i, j in self.tiling.shrunk(comparison.cost).cut(rows, len(block.values)):
+                    yield Cut(comparison, i, j, slice(block.start + j.start, block.start + j.stop), by_view)
+
+    def known(self, view: str, at: slice, own: bool) -> slice:
+        """Rows `at` of this worker (`own`) or of everyone, as a slice of what is known of everyone."""
+        start = self.columns[view].layout.local.start if own else 0
+        return slice(start + at.start, start + at.stop)
+
+    def scores(self, cut: Cut, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Channel -> scores [R, C] of one tile, without gradient."""
+        found = self.products(cut, embeddings)
+        if cut.comparison.score is not None:
+            right = cut.blocks[cut.comparison.columns].values[cut.j]
+            found[MAIN] = self.own_score(cut, embeddings[cut.comparison.rows][cut.i], right)
+        return found
+
+    def products(self, cut: Cut, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The channels of a tile that are inner products."""
+        return {
+            channel: product(embeddings[rows][cut.i], cut.blocks[columns].values[cut.j].T)
+            for channel, (rows, columns) in cut.channels.items()
+            if channel != MAIN or cut.comparison.score is None
+        }
+
+    def own_score(self, cut: Cut, left: Tensor, right: Tensor) -> Tensor:
+        """The comparison's own function of embeddings, in the accumulation type."""
+        comparison = cut.comparison
+        assert comparison.score is not None
+        rows = self.columns[comparison.rows].known.slice(self.known(comparison.rows, cut.i, own=True), {})
+        columns = self.columns[comparison.columns].known.slice(cut.at, {})
+        kind = accumulation_type(left.dtype)
+        return comparison.score(left.to(kind), right.to(kind), rows, columns)
+
+    def tile(
+        self, cut: Cut, scores: Mapping[str, Tensor], rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]
+    ) -> Tile:
+        """What the rule sees: `rows` and `columns` are the statistics of earlier passes."""
+        row_view, column_view = cut.comparison.rows, cut.comparison.columns
+        return Tile(
+            scores[MAIN],
+            row_view,
+            column_view,
+            self.columns[row_view].known.slice(self.known(row_view, cut.i, own=True), rows),
+            self.columns[column_view].known.slice(cut.at, columns),
+            {name: value for name, value in scores.items() if name != MAIN},
+            {name: value[cut.i, cut.at] for name, value in self.targets.items()},
+            self.clock,
+        )
+
+    def forward_pass(
+        self, tiler: Tiler, embeddings: Mapping[str, Tensor], earlier: Mapping[Key, Finished]
+    ) -> dict[Key, Finished]:
+        """Sweep once and finish the statistics of one pass."""
+        running = Running()
+        layouts = {view: columns.layout for view, columns in self.columns.items()}
+        offsets = {"row": self.offsets("row"), "column": self.offsets("column")}
+        for views, comparisons in self.groups():
+            exchanges = self.exchanges(views, embeddings)
+            for cut in self.cuts(exchanges, embeddings, comparisons):
+                row_view, column_view = cut.comparison.rows, cut.comparison.columns
+                rows = self.readable(row_view, earlier, "local", cut.i)
+                columns = self.readable(column_view, earlier, "everyone", cut.at)
+                tile = self.tile(cut, self.scores(cut, embeddings), rows, columns)
+                for name, reduction in each(tiler(tile)):
+                    by_row = reduction.axis == "row"
+                    key = (name, row_view if by_row else column_view)
+                    size = len(embeddings[row_view]) if by_row else layouts[column_view].total
+                    part = running.part(key, reduction, size)
+                    first = offsets[reduction.axis][column_view if by_row else row_view]
+                    first += cut.at.start if by_row else self.known(row_view, cut.i, own=True).start
+                    part.add_(cut.i if by_row else cut.at, reduction, tile.counts(reduction), first)
+        return running.finish(layouts)
+
+    def readable(
+        self, view: str, finished: Mapping[Key, Finished], which: Literal["local", "everyone"], at: slice
+    ) -> dict[str, Tensor]:
+        """The values of one view's statistics that a tile reads.
+
+        A masked sample's log-sum-exp is -inf and would turn the slopes of entries that do not count into 0 x inf; it
+        reads as 0.
+        """
+        columns = self.columns[view]
+        weight = columns.local_weight() if which == "local" else columns.known.weight
+        values = {}
+        for (name, owner), done in finished.items():
+            if owner == view:
+                part: Part = getattr(done, which)
+                values[name] = _without_masked(part.value[at].detach(), weight[at])
+                if part.position is not None:
+                    values[f"{name}.index"] = part.position[at]
+        return values
+
+    def local(self, finished: Mapping[Key, Finished]) -> dict[Key, Tensor]:
+        """The value of every statistic for this worker's rows, as `finish` reads it: a masked row's is 0."""
+        values = {}
+        for (name, view), done in finished.items():
+            values[name, view] = _without_masked(done.local.value.detach(), self.columns[view].local_weight())
+        return values
+
+    def samples(
+        self,
+        statistics: Mapping[Key, Tensor],
+        embeddings: Mapping[str, Tensor],
+        prepared: Mapping[str, Tensor],
+        finished: Mapping[Key, Finished],
+    ) -> Samples:
+        indices = {
+            (f"{name}.index", view): done.local.position
+            for (name, view), done in finished.items()
+            if done.local.position is not None
+        }
+        present = {
+            view: columns.local_weight() > 0
+            for view, columns in self.columns.items()
+            if columns.side.sample is self.sample
+        }
+        return Samples({**statistics, **indices}, embeddings, self.meta, present, prepared, self.clock)
+
+    def means(self, s: Samples) -> tuple[Tensor, Tensor]:
+        """This worker's part of each term's global mean [T] (with gradient), and the global means [T]."""
+        result = self.rule.finish(s)
+        terms = [Term(result)] if isinstance(result, Tensor) else list(result)
+        complete = s.valid()
+        parts, totals = [], []
+        for term in terms:
+            weight = self.weight.to(term.values.dtype) * (complete if term.valid is None else term.valid)
+            # Not weight * values: what a masked sample holds may be infinite.
+            parts.append(term.factor * (weight * term.values.where(weight > 0, 0)).sum())
+            totals.append(weight.sum())
+        sums, total = torch.stack(parts), self.workers.all_reduce(torch.stack(totals).detach())
+        local = torch.where(total > 0, sums / total.where(total > 0, 1), 0)
+        return local, self.workers.all_reduce(local.detach().clone())
+
+
+def each(reductions: Reductions) -> Iterator[tuple[str, Reduction]]:
+    """(name, reduction) of everything that a rule made of a tile."""
+    for name, value in reductions.items():
+        for reduction in [value] if isinstance(value, Reduction) else value:
+            yield name, reduction
+
+
+def _without_masked(value: Tensor, weight: Tensor) -> Tensor:
+    keep = (weight > 0).view(-1, *[1] * (value.dim() - 1)) | value.isfinite()
+    return value.where(keep, 0)
+
+
+def input_statistic(value: Tensor, layout: Layout) -> Finished:
+    """A per-sample input of a rule, in the form of a statistic."""
+    value = value.detach()
+    return Finished(Part("sum", value), Part("sum", layout.gather(value)))

@@ -1,0 +1,1 @@
+"""State that outlives a step and belongs to an objective: queues of earlier embeddings."""

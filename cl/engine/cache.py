@@ -90,7 +90,7 @@ class CachedBatch(Generic[Chunk]):
                 parts.append(encode(chunk, ()))
         # Casts that autocast made without a graph must not serve the second pass: their weights would get no gradient.
         torch.clear_autocast_cache()
-        self.rows = [len(next(iter(part.values()))) for part in parts]
+        self.rows = [{name: len(value) for name, value in part.items()} for part in parts]
         self.views = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.trained = [name for name in self.views if name not in frozen]
         self.own: list[Tensor] = []
@@ -120,13 +120,16 @@ class CachedBatch(Generic[Chunk]):
         Under DDP or FSDP the gradients are synchronised once, with the last chunk.
         """
         slope_of = dict(zip(self.trained, self.slopes, strict=False))
-        start = 0
+        start = dict.fromkeys(self.trained, 0)  # views of mined negatives have rows of their own number
         for number, (chunk, state, rows) in enumerate(zip(self.chunks, self.states, self.rows, strict=True)):
             last = number + 1 == len(self.chunks)
             with torch.enable_grad(), _synchronised(self.wrapper, last), state.replayed():
                 again = self.encode(chunk, self.frozen)
                 # One number whose gradient to every embedding is the cached one.
-                total = sum((again[name] * slope_of[name][start : start + rows]).sum() for name in self.trained)
+                total = sum(
+                    (again[name] * slope_of[name][start[name] : start[name] + rows[name]]).sum()
+                    for name in self.trained
+                )
                 if last:  # the objective's parameters ride along, so that a wrapper synchronises them as well
                     for parameter, slope in zip(self.own, self.slopes[len(self.trained) :], strict=True):
                         total = total + (parameter * slope).sum()
@@ -137,7 +140,7 @@ class CachedBatch(Generic[Chunk]):
                                 total = total + 0.0 * parameter.sum()
                 if isinstance(total, Tensor):
                     (factor * total).backward()
-            start += rows
+            start = {name: first + rows[name] for name, first in start.items()}
 
 
 @contextlib.contextmanager

@@ -1,49 +1,15 @@
-"""Dense float64 references of the registered objectives, written from the papers' formulas on whole matrices.
-
-An objective is registered together with a reference here; `test_walk.py` fails for one that has none.
-"""
+"""References of the pairwise objectives: InfoNCE and its nearest kin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A whole global batch: embeddings [N, D] by view, weights [N], and which samples hold equal content [N, N]."""
-
-    views: Mapping[str, Tensor]
-    weight: Tensor
-    same: Tensor
-
-    @property
-    def own(self) -> Tensor:
-        return torch.eye(len(self.weight), dtype=torch.bool)
-
-    @property
-    def excluded(self) -> Tensor:
-        """[N, N]: pairs that count nowhere: a masked sample, or equal content other than the own pair."""
-        masked = self.weight == 0
-        return self.same & ~self.own | masked[None] | masked[:, None]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """sum_i w_i v_i / sum_i w_i, 0/0 is 0."""
-        total = self.weight.sum()
-        return (self.weight * values.where(self.weight > 0, 0)).sum() / (total if total > 0 else 1)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The formula of an objective, with its parameters by name, and the settings to check."""
-
-    loss: Callable[[Batch, Mapping[str, Tensor], Mapping[str, Any]], Tensor]
-    settings: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+from tests.distributed.references.batch import Batch, Reference
 
 
 def infonce(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:

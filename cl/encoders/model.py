@@ -17,18 +17,10 @@ from torch import Tensor, nn
 from cl.encoders.config import ModelConfig
 from cl.encoders.inputs import Inputs
 from cl.encoders.registry import TOWERS
+from cl.engine.normalise import unit
 from cl.errors import ConfigError
 
 ViewTensor = Tensor | dict[str, Tensor]
-
-
-def normalise(features: Tensor) -> Tensor:
-    """Rows of `features` [B, D] with length 1, in float32 or float64; a zero row stays zero and passes no gradient."""
-    if features.dtype != torch.float64:
-        features = features.float()
-    square = (features * features).sum(-1, keepdim=True)
-    alive = square > torch.finfo(features.dtype).tiny
-    return features * torch.where(alive, torch.where(alive, square, 1.0).rsqrt(), 0.0)
 
 
 class EncoderModel(nn.Module):
@@ -49,7 +41,7 @@ class EncoderModel(nn.Module):
         """Normalised embeddings [B, embed_dim] of one view."""
         if view not in self.views:
             raise ConfigError(f"The model has no view {view!r}; it has {', '.join(self.views)}.")
-        return normalise(self.towers[self.views[view]](inputs))
+        return unit(self.towers[self.views[view]](inputs))
 
     def forward(self, inputs: Mapping[str, ViewTensor]) -> dict[str, Tensor]:
         """Normalised embeddings [B, embed_dim] of each view given."""

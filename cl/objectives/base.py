@@ -31,6 +31,15 @@ class Objective(nn.Module):
     state: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[str] = "batch x dim"
 
+    @classmethod
+    def build(cls, config: Any, dimensions: int | None) -> Objective:
+        """An instance; the field `dimensions`, where the config has one, is filled in if it is empty."""
+        if "dimensions" in type(config).model_fields and config.dimensions is None:
+            if dimensions is None:
+                raise ConfigError(f"{cls.__name__} needs the field dimensions: the size of the embeddings.")
+            config = config.model_copy(update={"dimensions": dimensions})
+        return cls(config)
+
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         raise TypeError(f"{type(self).__name__} must define forward(pairs, workers).")
 
@@ -77,10 +86,4 @@ def build_objective(config: ObjectiveConfig, dimensions: int | None = None) -> O
     Raises:
         ConfigError: the objective needs to know the dimensions, and nobody says.
     """
-    cls: Any = OBJECTIVES[config.name]
-    settings: Any = _settings(config.model_dump())
-    if "dimensions" in type(settings).model_fields and settings.dimensions is None:
-        if dimensions is None:
-            raise ConfigError(f"Objective {config.name!r} needs the field dimensions: the size of the embeddings.")
-        settings = settings.model_copy(update={"dimensions": dimensions})
-    return cls(settings)
+    return OBJECTIVES[config.name].build(_settings(config.model_dump()), dimensions)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
-from cl.objectives import ObjectiveConfig, build_objective
+from cl.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 from cl.pairs import Clock, Extra, Pairs
 from tests.distributed.pool import gradient
 from tests.distributed.references import REFERENCES, Batch, Reference
@@ -153,13 +153,22 @@ def build(name: str, settings: dict[str, Any]) -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": Encoder(), "objective": objective.double()})
 
 
+def in_case(name: str, settings: dict[str, Any], case: Case) -> dict[str, Any]:
+    """The settings of an objective, and of those that it is made of, with the exchange and tiles of a case."""
+    fields = {"exchange": case.exchange, "tile_rows": case.tile, "tile_columns": case.tile}
+    found: dict[str, Any] = {key: value for key, value in fields.items() if key in OBJECTIVES[name].Config.model_fields}
+    found |= settings
+    if "objective" in found:
+        inner = found["objective"]
+        found["objective"] = {"name": inner["name"], **in_case(inner["name"], inner, case)}
+    if "terms" in found:
+        found["terms"] = {key: {**term, **in_case("sum", term, case)} for key, term in found["terms"].items()}
+    return found
+
+
 def on_worker(workers: Workers, name: str, settings: dict[str, Any], case: Case) -> Answer:
     """Losses and averaged gradients of each step, and the state at the end, of one worker."""
-    fields = {"exchange": case.exchange, "tile_rows": case.tile, "tile_columns": case.tile}
-    from cl.objectives import OBJECTIVES
-
-    known = OBJECTIVES[name].Config.model_fields
-    modules = build(name, {**{key: value for key, value in fields.items() if key in known}, **settings})
+    modules = build(name, in_case(name, settings, case))
     encoder, objective = modules["encoder"], modules["objective"]
     reference = REFERENCES[name]
     start = sum(case.rows[: workers.rank])

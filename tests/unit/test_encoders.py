@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from cl.config import load_config, parse_config, shipped_configs
 from cl.encoders import EncoderModel, ModelConfig, build_inputs, build_model, load_checkpoint_model, save_model
 from cl.encoders.attention import SelfAttention, attend
-from cl.encoders.model import check_model, normalise
+from cl.encoders.model import check_model
 from cl.encoders.registry import TOWERS
 from cl.encoders.tokenizers import clean_text, clip_bpe
 from cl.encoders.towers.huggingface import pool
+from cl.engine.normalise import unit
 from cl.errors import ConfigError, DataError
 from tests.unit.corpora import encoded_image
 
@@ -78,11 +79,11 @@ def test_embeddings_have_length_one_and_every_parameter_a_gradient(cfg: ModelCon
     assert [name for name in idle if not name.endswith("key.bias")] == []
 
 
-def test_normalise_is_exact_and_safe_at_zero() -> None:
+def test_unit_is_exact_and_safe_at_zero() -> None:
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(normalise, (x,))
+    assert torch.autograd.gradcheck(unit, (x,))
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
-    out = normalise(rows)
+    out = unit(rows)
     assert out.dtype == torch.float32
     assert torch.allclose(out, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     out.sum().backward()

@@ -84,11 +84,14 @@ class Matryoshka(Objective):
 
 
 def _prefix(pairs: Pairs, size: int) -> Pairs:
-    """The batch with embeddings of the first `size` dimensions, of length 1."""
+    """The batch with embeddings of the first `size` dimensions, of length 1; what masked samples hold is left out."""
+    alive = pairs.weights() > 0
 
-    def first(value: Tensor) -> Tensor:
-        return unit(value[..., :size])
+    def first(value: Tensor, keep: Tensor) -> Tensor:
+        return unit(value[..., :size].where(keep.view(-1, *[1] * (value.dim() - 1)), 0))
 
-    views = {name: first(value) for name, value in pairs.views.items()}
-    extra = {name: replace(each, embeddings=first(each.embeddings)) for name, each in pairs.extra.items()}
+    views = {name: first(value, alive) for name, value in pairs.views.items()}
+    extra = {
+        name: replace(each, embeddings=first(each.embeddings, alive[each.owner])) for name, each in pairs.extra.items()
+    }
     return replace(pairs, views=views, extra=extra)

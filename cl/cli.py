@@ -288,11 +288,31 @@ def _list_command(name: str, help_text: str, rows: Callable[[], list[dict[str, s
     )(_json_option(callback))
 
 
-_list_command(
-    "objectives",
-    "List the objectives that can be named.",
-    lambda: _load("cl.objectives:OBJECTIVES").rows(),
+@cli.command(
+    short_help="List the objectives that can be named, or show one.",
+    epilog=_example("clew objectives", "clew objectives infonce", "clew objectives --json"),
 )
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="Print the table of all objectives as Markdown.")
+@_json_option
+def objectives(name: str | None, markdown: bool, as_json: bool) -> None:
+    """List the objectives that can be named; with a NAME, its formula and its parameters with their ranges."""
+    from cl import console
+
+    if markdown:
+        click.echo(_load("cl.objectives.table:markdown")(), nl=False)
+        return
+    rows = _load("cl.objectives.table:parameter_rows")(name) if name else _load("cl.objectives.table:objective_rows")()
+    if as_json:
+        console.print_json(rows)
+    elif name:
+        click.echo(_load("cl.objectives.table:formula")(name) + "\n")
+        console.print_rows(f"parameters of {name}", rows)
+    else:
+        shown = [{key: row[key] for key in ("name", "family", "summary", "needs", "paper")} for row in rows]
+        console.print_rows(f"objectives ({len(rows)})", shown)
+
+
 _list_command(
     "recipes",
     "List the shipped recipes: whole training configs, one a published method.",

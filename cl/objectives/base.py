@@ -21,12 +21,14 @@ class Objective(nn.Module):
     A subclass sets `Config`, the pydantic model of its settings, and says for the table of objectives what it needs.
 
     Attributes:
-        needs: what the batch must hold beside two views: "class labels", "negatives", "teacher views", ...
+        compares: which embeddings; "any two views" is images with texts, images with images, texts with texts.
+        needs: what the batch must hold beside those: "class labels", "negatives", "teacher views", ...
         state: what outlives a step and is in the checkpoint: "queue", "prototypes", ...
         memory: how memory grows; "batch x dim" for everything that is evaluated tile by tile.
     """
 
     Config: type[Config]
+    compares: ClassVar[str] = "any two views"
     needs: ClassVar[tuple[str, ...]] = ()
     state: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[str] = "batch x dim"

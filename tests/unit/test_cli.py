@@ -17,6 +17,8 @@ import yaml
 
 from cl import cli
 from cl.errors import DataError
+from cl.objectives import OBJECTIVES
+from cl.objectives.table import parameter_rows
 
 LISTS = ("objectives", "recipes", "stages", "metrics")
 RUNS = ("ingest", "curate", "train", "eval", "sweep", "embed")
@@ -98,8 +100,33 @@ def test_lists_are_json_rows(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert rows
     assert [row["name"] for row in rows] == sorted({row["name"] for row in rows})
     for row in rows:
-        assert row.keys() == {"name", "summary", "paper"}
+        assert row.keys() >= {"name", "summary", "paper"}
         assert row["summary"], row
+
+
+def test_one_objective_shows_its_formula_and_the_range_of_each_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "objectives", "infonce")
+    assert code == 0
+    assert "logsumexp_j l_ij - l_ii" in out
+    code, out, _ = call(capsys, "objectives", "infonce", "--json")
+    rows = {row["parameter"]: row for row in json.loads(out)}
+    assert code == 0
+    assert rows["temperature"]["range"] == "> 0"
+    assert rows["direction"]["type"] == "both | forward | backward"
+    assert rows["tile_rows"] == {
+        "parameter": "tile_rows",
+        "type": "int",
+        "default": "256",
+        "range": ">= 1",
+        "meaning": "anchors a tile",
+    }
+    assert "Did you mean 'infonce'" in refused(capsys, "objectives", "infonc")
+
+
+def test_every_parameter_of_every_objective_says_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [entry.name for entry in OBJECTIVES.entries()]:
+        for row in parameter_rows(name):
+            assert row["meaning"], (name, row["parameter"])
 
 
 def test_errors_end_with_their_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ class Matryoshka(Objective):
     """See the module's formula."""
 
     Config = MatryoshkaConfig
+    compares = "what the inner objective compares"
     needs = ("what the inner objective needs",)
     state = ("that of the inner objective",)
     memory = "that of the inner objective"

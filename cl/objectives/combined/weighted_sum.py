@@ -57,6 +57,7 @@ class WeightedSum(Objective):
     """See the module's formula."""
 
     Config = WeightedSumConfig
+    compares = "what its terms compare"
     needs = ("what its terms need",)
     state = ("that of its terms",)
     memory = "that of its terms"

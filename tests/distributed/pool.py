@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -32,9 +33,11 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         function, size, arguments = task
         try:
             workers = Workers.current(groups[size], averaged_by=size)
-            pipe.send((True, function(workers, *arguments)))
+            answer = True, function(workers, *arguments)
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        # Plain pickle: multiprocessing's own would pass every tensor through shared memory, a file descriptor each.
+        pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
 
 
@@ -58,7 +61,7 @@ class Pool:
         for rank, pipe in enumerate(self.pipes[:size]):
             if not pipe.poll(120):
                 raise TimeoutError(f"worker {rank} of {size} did not answer")
-            answers.append(pipe.recv())
+            answers.append(pickle.loads(pipe.recv_bytes()))
         for rank, (right, value) in enumerate(answers):
             if not right:
                 raise AssertionError(f"worker {rank} of {size} failed:\n{value}")

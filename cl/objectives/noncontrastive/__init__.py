@@ -1,0 +1,1 @@
+"""Objectives of moments and of predictions: no negatives."""

@@ -58,6 +58,7 @@ class InfoNCE(Objective):
         anchors, candidates = pairs.view(first), pairs.view(second)
         if self.forward_share == 0:
             anchors, candidates = candidates, anchors
+        self.temperature.follow_(pairs.clock)
         scale = self.temperature()
         layout = workers.layout(len(pairs), anchors.device)
         weight = pairs.weights(torch.float32 if anchors.dtype != torch.float64 else anchors.dtype)

@@ -1,22 +1,34 @@
-"""A learnable, clamped temperature, kept as the log of its inverse (the logit scale)."""
+"""One temperature: learnt and clamped, constant, or scheduled; kept as the log of its inverse (the logit scale)."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cl.config import Config
+from cl.objectives.schedule import Ramp, Scheduled
+from cl.pairs import Clock
 
 
 class TemperatureConfig(Config):
     """Fields shared by objectives with one global temperature."""
 
-    temperature: float = Field(0.07, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(
+        0.07, description="scores are divided by it; where it is learnt the initial value; a ramp is not learnt"
+    )
     learn_temperature: bool = Field(True, description="train the log of the inverse temperature")
     max_scale: float = Field(100.0, gt=0, description="largest inverse temperature, kept after each step")
+
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, value: Scheduled) -> Scheduled:
+        least = min(value.start, value.end) if isinstance(value, Ramp) else value
+        if least <= 0:
+            raise ValueError(f"a temperature must be greater than 0, not {least}")
+        return value
 
 
 class Temperature(nn.Module):
@@ -27,15 +39,26 @@ class Temperature(nn.Module):
     def __init__(self, config: TemperatureConfig) -> None:
         super().__init__()
         self.max_log_scale = math.log(config.max_scale)
-        initial = torch.tensor(min(-math.log(config.temperature), self.max_log_scale))
-        if config.learn_temperature:
+        self.ramp = config.temperature if isinstance(config.temperature, Ramp) else None
+        first = config.temperature.start if isinstance(config.temperature, Ramp) else config.temperature
+        initial = torch.tensor(self._log_scale(first))
+        if config.learn_temperature and self.ramp is None:
             self.log_scale = nn.Parameter(initial)
         else:
             self.register_buffer("log_scale", initial)
 
+    def _log_scale(self, temperature: float) -> float:
+        return min(-math.log(temperature), self.max_log_scale)
+
     def forward(self) -> Tensor:
         """The inverse temperature, 0-d."""
         return self.log_scale.exp()
+
+    @torch.no_grad()
+    def follow_(self, clock: Clock) -> None:
+        """Take the value of the schedule, if there is one; called before each step."""
+        if self.ramp is not None:
+            self.log_scale.fill_(self._log_scale(self.ramp.at(clock)))
 
     @torch.no_grad()
     def clamp_(self) -> None:

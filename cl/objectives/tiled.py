@@ -136,6 +136,10 @@ class ScaledObjective(TiledObjective):
         super().__init__(config)
         self.temperature = Temperature(config)
 
+    def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
+        self.temperature.follow_(pairs.clock)
+        return super().forward(pairs, workers)
+
     def measures(self) -> Mapping[str, Tensor]:
         return {"logit_scale": self.temperature().detach()}
 

@@ -61,6 +61,7 @@ class SparseCodes(MomentObjective):
         return torch.zeros_like(dense).scatter(1, top.indices, top.values)
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
+        self.temperature.follow_(pairs.clock)
         rows = self.rows(pairs, workers)
         losses, codes = [], []
         for view in rows.views[:2]:

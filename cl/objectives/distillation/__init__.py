@@ -1,0 +1,1 @@
+"""Objectives that bring the knowledge of a teacher into the student."""

@@ -1,0 +1,1 @@
+"""Objectives whose temperature is more than one number."""

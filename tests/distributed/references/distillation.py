@@ -119,7 +119,9 @@ REFERENCES: dict[str, Reference] = {
     "similarity_distillation": Reference(
         similarity_distillation, [{"teacher_temperature": 0.2}, {"direction": "forward"}], views=ALL
     ),
-    "seed": Reference(seed, [{"queue": 11, "teacher_temperature": 0.1, "learn_temperature": True}], views=("a", "a_teacher")),
+    "seed": Reference(
+        seed, [{"queue": 11, "teacher_temperature": 0.1, "learn_temperature": True}], views=("a", "a_teacher")
+    ),
     "embedding_regression": Reference(
         embedding_regression,
         [{}, {"targets": BOTH, "distance": "cosine"}, {"distance": "smooth_l1", "beta": 0.4}],

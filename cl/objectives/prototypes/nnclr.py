@@ -1,0 +1,100 @@
+"""NNCLR: the positive of a sample is the other view of its nearest neighbour among earlier samples.
+
+    n(a_i) = the element of the queue most similar to a_i (no gradient)
+    L      = [ InfoNCE(n(a), b) + InfoNCE(n(b), a) ] / 2,  anchors n(.) against the candidates of the global batch
+
+Dwibedi et al. 2021, "With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
+Representations", eq. 2 and 3. The queue holds the first view of earlier batches; until it holds any, samples are their
+own neighbours. Neighbours across clips and modalities (All4One, CrossCLR) are the same with other views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl.engine.collectives import Workers
+from cl.engine.exchange import ExchangeChoice, Exchanger
+from cl.engine.outcome import Outcome
+from cl.engine.sweep import Tiling
+from cl.engine.symmetric import symmetric_infonce
+from cl.memory.queue import Queue
+from cl.objectives.base import OBJECTIVES, Objective
+from cl.objectives.temperature import Temperature, TemperatureConfig
+from cl.pairs import Pairs
+
+ANCHORS_AT_A_TIME = 256  # x queue: the similarities that are held at once
+
+
+class NNCLRConfig(TemperatureConfig):
+    views: list[str] | None = Field(None, description="the two views; default: the batch's two views")
+    queue: int = Field(98304, ge=1, description="earlier embeddings among which neighbours are sought")
+    exchange: ExchangeChoice = Field("auto", description="how candidates of other workers are seen")
+    tile_rows: int = Field(256, ge=1, description="anchors a tile")
+    tile_columns: int = Field(2048, ge=1, description="candidates a tile")
+    dimensions: int | None = Field(None, ge=1, description="of the embeddings; default: those of the model")
+
+
+@OBJECTIVES.register(
+    "nnclr",
+    "the positive is the nearest neighbour's other view, sought in a queue",
+    paper="With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual Representations",
+)
+class NNCLR(Objective):
+    """See the module's formula. Parameters: the log of the inverse temperature."""
+
+    Config = NNCLRConfig
+    state = ("queue",)
+
+    def __init__(self, config: NNCLRConfig) -> None:
+        super().__init__()
+        assert config.dimensions is not None
+        self.views = config.views
+        self.temperature = Temperature(config)
+        self.exchanger = Exchanger(config.exchange)
+        self.tiling = Tiling(config.tile_rows, config.tile_columns)
+        self.queue = Queue(config.queue, config.dimensions)
+
+    def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
+        self.temperature.follow_(pairs.clock)
+        first, second = self.views or list(pairs.views)[:2]
+        views = {name: pairs.view(name) for name in (first, second)}
+        weight = pairs.view_weights(first).where(pairs.view_weights(second) > 0, 0)
+        layout = workers.layout(len(pairs), pairs.device)
+        exchange = self.exchanger(layout.total, views[first].shape[1], views[first].element_size(), workers)
+        losses = []
+        for anchor, other in ((first, second), (second, first)):
+            loss, _, _ = symmetric_infonce(
+                self.neighbours(views[anchor], weight),
+                views[other],
+                self.temperature(),
+                layout=layout,
+                weight=weight,
+                content=pairs.content_columns(),
+                forward_share=1.0,
+                exchange=exchange,
+                tiling=self.tiling,
+            )
+            losses.append(loss / 2)
+        if self.training and torch.is_grad_enabled():
+            self.queue.push(views[first], None, weight, layout)
+        return Outcome(losses[0] + losses[1], dict(self.measures()))
+
+    @torch.no_grad()
+    def neighbours(self, anchors: Tensor, weight: Tensor) -> Tensor:
+        """[B, D]: the nearest element of the queue of each anchor."""
+        if not bool(self.queue.filled.any()):
+            return anchors.detach()
+        known = self.queue.embeddings[self.queue.filled].to(anchors.dtype)
+        anchors = anchors.detach().where((weight > 0)[:, None], 0)
+        nearest = [(part @ known.T).argmax(1) for part in anchors.split(ANCHORS_AT_A_TIME)]
+        return known[torch.cat(nearest)]
+
+    def measures(self) -> Mapping[str, Tensor]:
+        return {"logit_scale": self.temperature().detach()}
+
+    def clamp_(self) -> None:
+        self.temperature.clamp_()

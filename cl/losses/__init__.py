@@ -7,7 +7,8 @@ Memory is linear in the batch, gradients are exact whatever the number of worker
 batch on every worker.
 """
 
+from cl.losses.cached_text_pairs import CachedMultipleNegativesRankingLoss
 from cl.losses.image_text import ClipLoss, SigLipLoss
-from cl.losses.text_pairs import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from cl.losses.text_pairs import MultipleNegativesRankingLoss
 
 __all__ = ["CachedMultipleNegativesRankingLoss", "ClipLoss", "MultipleNegativesRankingLoss", "SigLipLoss"]

@@ -3,6 +3,10 @@
 Arguments that only choose among the original's ways of gathering (`local_loss`, `gather_with_grad`, `dist_impl`,
 `cache_labels`) are accepted and make no difference: there is one, exact way. The loss expects what open_clip's loops
 do: gradients averaged over `world_size` workers (DDP), in the default process group.
+
+One argument is not the original's. With accumulation, open_clip's loop calls the loss `accum_freq` times for one batch,
+each time with the embeddings of another part attached: embeddings get their gradient once, the scale and the bias
+`accum_freq` times. `accum_freq=args.accum_freq` divides theirs.
 """
 
 from __future__ import annotations
@@ -31,6 +35,12 @@ def _workers(world_size: int) -> Workers:
     return workers
 
 
+def _scalar(learnt: Tensor, parts: int) -> Tensor:
+    """The same value, 0-d (open_clip also keeps its scale as [1]), with 1/parts of the gradient."""
+    learnt = learnt.reshape(())
+    return learnt if parts == 1 else learnt.detach() + (learnt - learnt.detach()) / parts
+
+
 def _weight(features: Tensor) -> Tensor:
     kind = torch.float64 if features.dtype == torch.float64 else torch.float32
     return torch.ones(len(features), dtype=kind, device=features.device)
@@ -38,6 +48,9 @@ def _weight(features: Tensor) -> Tensor:
 
 class ClipLoss(nn.Module):
     """The symmetric softmax loss with the signature of `open_clip.loss.ClipLoss`.
+
+    Args:
+        accum_freq: not the original's; for how many calls one batch is shown, see above.
 
     Raises:
         ConfigError: `use_horovod`, or a `world_size` that is not that of the process group.
@@ -51,11 +64,12 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        accum_freq: int = 1,
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ConfigError("cl.losses.ClipLoss works on torch.distributed, not on Horovod.")
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.accum_freq = rank, world_size, accum_freq
         self.tiling = Tiling()
 
     def forward(
@@ -77,7 +91,7 @@ class ClipLoss(nn.Module):
         loss, _, _ = symmetric_infonce(
             image_features,
             text_features,
-            logit_scale,
+            _scalar(logit_scale, self.accum_freq),
             layout=_workers(self.world_size).layout(len(image_features), image_features.device),
             weight=_weight(image_features),
             tiling=self.tiling,
@@ -107,15 +121,23 @@ class _Sigmoid(Rule):
 class SigLipLoss(nn.Module):
     """The sigmoid loss with the signature of `open_clip.loss.SigLipLoss`.
 
+    Args:
+        accum_freq: not the original's; for how many calls one batch is shown, see above.
+
     Raises:
         ConfigError: a `world_size` that is not that of the process group.
     """
 
     def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        accum_freq: int = 1,
     ) -> None:
         super().__init__()
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.accum_freq = rank, world_size, accum_freq
         self.tiling = Tiling()
 
     def forward(
@@ -131,5 +153,10 @@ class SigLipLoss(nn.Module):
         weight = _weight(image_features)
         layout = workers.layout(len(weight), weight.device)
         sides = sides_of({"image": image_features, "text": text_features}, layout, weight)
-        loss, _ = evaluate(_Sigmoid(logit_scale, logit_bias), sides, workers, tiling=self.tiling)
+        loss, _ = evaluate(
+            _Sigmoid(_scalar(logit_scale, self.accum_freq), _scalar(logit_bias, self.accum_freq)),
+            sides,
+            workers,
+            tiling=self.tiling,
+        )
         return {"contrastive_loss": loss} if output_dict else loss

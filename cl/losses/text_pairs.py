@@ -12,16 +12,14 @@ DDP makes. `similarity_fct` may be `cos_sim` or `dot_score` of sentence_transfor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 
-from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
 from cl.engine.rule import Reduction, Reductions, Rule, Samples, Tile, column_lse, row_lse
@@ -29,9 +27,11 @@ from cl.engine.side import sides_of
 from cl.engine.sweep import Exchange, Tiling
 from cl.engine.tiles import evaluate
 from cl.errors import ConfigError
+from cl.losses.citations import GTE, INFONCE, JINA
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
@@ -44,10 +44,20 @@ class _Ranking:
     partition_mode: str
     hardness_mode: str | None
     hardness_strength: float
-    cosine: bool
+    similarity: str
     exchange: Exchange
 
     def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ConfigError(f"scale must be positive, not {self.scale}.")
+        if self.similarity not in ("cos_sim", "dot_score"):
+            raise ConfigError(f"similarity_fct must be cos_sim or dot_score, not {self.similarity}.")
+        if self.hardness_mode not in (None, *HARDNESS):
+            raise ConfigError(
+                f"hardness_mode must be None or one of {', '.join(HARDNESS)}, not {self.hardness_mode!r}."
+            )
+        if not self.hardness_strength >= 0:
+            raise ConfigError(f"hardness_strength must be 0 or more, not {self.hardness_strength}.")
         unknown = [name for name in self.directions if name not in DIRECTIONS]
         if unknown or "query_to_doc" not in self.directions:
             raise ConfigError(f"directions must be query_to_doc and others of {', '.join(DIRECTIONS)}.")
@@ -64,7 +74,7 @@ class _Ranking:
         if len(columns) < 2:
             raise ConfigError(f"The loss needs queries and documents, but the batch has {len(columns)} column(s).")
         kind = torch.float64 if columns[0].dtype == torch.float64 else torch.float32
-        columns = [normalize(column.to(kind), dim=1) if self.cosine else column for column in columns]
+        columns = [normalize(column.to(kind), dim=1) if self.similarity == "cos_sim" else column for column in columns]
         names = ["query", *(f"doc{number}" for number in range(len(columns) - 1))]
         weight = torch.ones(len(columns[0]), dtype=kind, device=columns[0].device)
         layout = workers.layout(len(weight), weight.device)
@@ -121,8 +131,10 @@ class _Rule(Rule):
 class MultipleNegativesRankingLoss(nn.Module):
     """The loss of `sentence_transformers.losses.MultipleNegativesRankingLoss`, by its signature.
 
+    Its settings are attributes and may be changed between steps, as in the original.
+
     Raises:
-        ConfigError: an unknown direction, partition mode or similarity.
+        ConfigError: a setting that is unknown or out of range.
     """
 
     def __init__(
@@ -137,95 +149,53 @@ class MultipleNegativesRankingLoss(nn.Module):
         hardness_strength: float = 0.0,
     ) -> None:
         super().__init__()
-        name = getattr(similarity_fct, "__name__", "cos_sim") if similarity_fct is not None else "cos_sim"
-        if name not in ("cos_sim", "dot_score"):
-            raise ConfigError(f"similarity_fct must be cos_sim or dot_score, not {name}.")
-        self.model, self.scale, self.similarity = model, scale, name
+        self.model, self.scale, self.similarity_fct = model, scale, similarity_fct
         self.gather_across_devices = gather_across_devices
-        self.directions, self.partition_mode = directions, partition_mode
+        self.directions, self.partition_mode = tuple(directions), partition_mode
         self.hardness_mode, self.hardness_strength = hardness_mode, hardness_strength
-        self.ranking = _Ranking(
-            scale,
-            tuple(directions),
-            partition_mode,
-            hardness_mode,
-            hardness_strength,
-            name == "cos_sim",
-            "gather" if gather_across_devices else "local",
+        self._ranking()  # refuses what cannot be computed, before training starts
+
+    def _ranking(self) -> _Ranking:
+        return _Ranking(
+            self.scale,
+            self.directions,
+            self.partition_mode,
+            self.hardness_mode,
+            self.hardness_strength,
+            self._similarity(),
+            "gather" if self.gather_across_devices else "local",
         )
+
+    def _similarity(self) -> str:
+        function = self.similarity_fct
+        return "cos_sim" if function is None else getattr(function, "__name__", type(function).__name__)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of the global batch; `labels` are not used, the rows of the columns belong together."""
         columns = [self.model(features)["sentence_embedding"] for features in sentence_features]
-        return self.ranking.loss(columns, Workers.current()).loss
+        return self._ranking().loss(columns, Workers.current()).loss
 
     @property
     def temperature(self) -> float:
         return 1.0 / self.scale
 
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper that has these settings, for the model card."""
+        if self.partition_mode == "joint" and set(self.directions) == set(DIRECTIONS):
+            return GTE
+        if self.partition_mode == "per_direction" and set(self.directions) == {"query_to_doc", "doc_to_query"}:
+            return JINA
+        return INFONCE
+
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
         return {
             "scale": self.scale,
-            "similarity_fct": self.similarity,
+            "similarity_fct": self._similarity(),
             "gather_across_devices": self.gather_across_devices,
             "directions": self.directions,
             "partition_mode": self.partition_mode,
             "hardness_mode": self.hardness_mode,
             "hardness_strength": self.hardness_strength,
         }
-
-
-class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
-    """The same in the memory of `mini_batch_size` samples: see `cl.engine.cache`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scale: float = 20.0,
-        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
-        mini_batch_size: int = 32,
-        gather_across_devices: bool = False,
-        directions: tuple[Direction, ...] = ("query_to_doc",),
-        partition_mode: Literal["joint", "per_direction"] = "joint",
-        show_progress_bar: bool = False,
-        hardness_mode: Hardness | None = None,
-        hardness_strength: float = 0.0,
-    ) -> None:
-        super().__init__(
-            model,
-            scale,
-            similarity_fct,
-            gather_across_devices,
-            directions,
-            partition_mode,
-            hardness_mode,
-            hardness_strength,
-        )
-        self.mini_batch_size = mini_batch_size
-        self.show_progress_bar = show_progress_bar  # accepted; the trainer shows progress
-
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        columns = list(sentence_features)
-        rows = len(next(value for value in columns[0].values() if isinstance(value, Tensor)))
-        spans = [slice(i, i + self.mini_batch_size) for i in range(0, max(rows, 1), self.mini_batch_size)]
-
-        def encode(span: slice, skip: Collection[str]) -> Mapping[str, Tensor]:
-            parts = [{k: v[span] if isinstance(v, Tensor) else v for k, v in column.items()} for column in columns]
-            return {str(n): self.model(part)["sentence_embedding"] for n, part in enumerate(parts)}
-
-        wrapper = self.model if isinstance(self.model, DistributedDataParallel) else None
-        device = next(self.model.parameters()).device
-        if not torch.is_grad_enabled():
-            views = [encode(span, ()) for span in spans]
-            whole = [torch.cat([view[str(n)] for view in views]) for n in range(len(columns))]
-            return self.ranking.loss(whole, Workers.current()).loss
-        batch = CachedBatch(encode, spans, device=device, wrapper=wrapper)
-        loss = batch.evaluate(lambda views: self.ranking.loss(list(views.values()), Workers.current())).loss
-        # The caller's `loss.backward()` starts the second pass.
-        loss = loss.requires_grad_()
-        loss.register_hook(batch.backward)
-        return loss
-
-    def get_config_dict(self) -> dict[str, Any]:
-        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}

@@ -122,7 +122,10 @@ def _extra_side(name: str, pairs: Pairs, samples: Side) -> Side:
     if content is None and extra.role == "positive" and samples.content is not None:
         content = samples.content[extra.owner]
     side = Side(name, extra.embeddings, samples.sample[extra.owner], weight, content)
-    return side if extra.role == "positive" else replace(side, role="negative")
+    if extra.role == "negative":
+        return replace(side, role="negative")
+    # A further positive is whatever its owner is: of the same class, tags and group.
+    return replace(side, meta={known: value[extra.owner] for known, value in samples.meta.items()})
 
 
 class ScaledConfig(TiledConfig, TemperatureConfig):

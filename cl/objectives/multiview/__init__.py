@@ -1,0 +1,1 @@
+"""Objectives for more than two views of a sample, for token-wise views and for bags."""

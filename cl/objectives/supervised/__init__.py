@@ -1,0 +1,1 @@
+"""Objectives that learn from labels, or from several positives of a sample."""

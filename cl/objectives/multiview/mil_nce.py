@@ -6,8 +6,8 @@
 Miech et al. 2020, "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", eq. 1: the sum
 over the bag is inside of the log, so the loss picks its own positives. P(i) are the sample's candidates (its other
 views and whatever `extra` names: the narrations around a clip) and, with `label`, those of its group; N(i) are all
-other candidates; the last sum is over the negatives of the sample's candidates and is left out by `direction: forward`.
-The authors' program counts each positive twice in the first log; here it counts once, as in the equation.
+other candidates; the last sum is over the negatives of the sample's candidates and is left out by `direction:
+forward`. The authors' program counts each positive twice in the first log; here it counts once, as in the equation.
 """
 
 from __future__ import annotations

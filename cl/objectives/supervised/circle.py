@@ -3,8 +3,8 @@
     loss_i = log( 1 + sum_{n in N(i)} exp(  gamma [s_in + m]+     (s_in - m)     )
                     * sum_{p in P(i)} exp( -gamma [1 + m - s_ip]+ (s_ip - 1 + m) ) ),      s_ij = <z_i, z_j>
 
-Sun et al. 2020, "Circle Loss: A Unified Perspective of Pair Similarity Optimization", eq. 6, with O_p = 1 + m, O_n = -m,
-D_p = 1 - m, D_n = m; the factors [.]+ carry no gradient. Anchors without a positive or without a negative have no
+Sun et al. 2020, "Circle Loss: A Unified Perspective of Pair Similarity Optimization", eq. 6, with O_p = 1 + m, O_n =
+-m, D_p = 1 - m, D_n = m; the factors [.]+ carry no gradient. Anchors without a positive or without a negative have no
 loss.
 """
 

@@ -4,9 +4,10 @@
 
 Zhang et al. 2022, "Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework", section 3.2
 (HiMulCon). s_ij = <z_i, z_j> / tau; labels are int64 [B, L], coarse to fine (kingdom, ..., species); P_l(i) are the
-embeddings of all views that agree with i on the levels 1 to l, the sample's own other views among them. The weights default to those of the authors' program,
-w_l = 2^(1/(L - l + 1)): the finest level weighs most. An anchor takes part in the levels on which it has a positive;
-one level with weight 1 is SupCon. Where the levels' names are texts (BioCLIP), they are views: see `pairwise`.
+embeddings of all views that agree with i on the levels 1 to l, the sample's own other views among them. The weights
+default to those of the authors' program, w_l = 2^(1/(L - l + 1)): the finest level weighs most. An anchor takes part
+in the levels on which it has a positive; one level with weight 1 is SupCon. Where the levels' names are texts
+(BioCLIP), they are views: see `pairwise`.
 """
 
 from __future__ import annotations

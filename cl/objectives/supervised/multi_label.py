@@ -3,11 +3,11 @@
     J_ij   = |T_i n T_j| / |T_i u T_j|, 0 below `threshold`, 1 for the sample's own other views
     loss_i = logsumexp_{a in A(i)} l_ia - sum_p J_ip l_ip / sum_p J_ip,                          l_ij = <z_i, z_j> / tau
 
-SupCon (Khosla et al. 2020, eq. 2) with the Jaccard similarity of the label sets in the place of the class indicator, as
-in Lin et al. 2023, "An Effective Deployment of Contrastive Learning in Multi-label Text Classification" (the JSCL
+SupCon (Khosla et al. 2020, eq. 2) with the Jaccard similarity of the label sets in the place of the class indicator,
+as in Lin et al. 2023, "An Effective Deployment of Contrastive Learning in Multi-label Text Classification" (the JSCL
 idea), normalised so that the weights of an anchor's positives sum to one. `overlap: containment` divides by |T_i|
-instead of the union; `threshold: 1` keeps equal tag sets alone. Tags are [B, C] of 0 and 1; with one tag a sample it is
-SupCon. A sample without tags has its own other views as positives.
+instead of the union; `threshold: 1` keeps equal tag sets alone. Tags are [B, C] of 0 and 1; with one tag a sample it
+is SupCon. A sample without tags has its own other views as positives.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ ProxyNCA (`proxy-nca`), with s_ip = <z_i, p> for proxies of length 1 and |z_i - 
 
     loss_i = -log( sum_{p of y_i} exp(2 s_ip / tau) / sum_{p not of y_i} exp(2 s_ip / tau) )
 
-Movshovitz-Attias et al. 2017, "No Fuss Distance Metric Learning using Proxies", section 3; `denominator: all` sums over
-all proxies: Teh et al. 2020, "ProxyNCA++", and with one proxy a class the normalised softmax of Zhai and Wu 2019,
-"Classification is a Strong Baseline for Deep Metric Learning", at half the temperature.
+Movshovitz-Attias et al. 2017, "No Fuss Distance Metric Learning using Proxies", section 3; `denominator: all` sums
+over all proxies: Teh et al. 2020, "ProxyNCA++", and with one proxy a class the normalised softmax of Zhai and Wu
+2019, "Classification is a Strong Baseline for Deep Metric Learning", at half the temperature.
 
 Proxy anchor (`proxy-anchor`), where the proxies are the anchors:
 

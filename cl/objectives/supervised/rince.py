@@ -3,11 +3,11 @@
     loss_i = sum_{r=1..R} -log( sum_{p in P_r} exp(s_ip / tau_r) / sum_{a in P_r u ... u P_R u N} exp(s_ia / tau_r) )
 
 Hoffmann et al. 2022, "Ranking Info Noise Contrastive Estimation: Boosting Contrastive Learning via Ranked Positives",
-with the sum over positives inside of the log (RINCE-in). Ranks come from labels with levels: P_1 agrees
-with the anchor on all levels (and holds the sample's own other views), P_r on all but the last r - 1, N on none. A pair
-of each rank must be more alike than all pairs farther away in the taxonomy, which is what HiPrBERT-type systems ask of
-terms. tau_r = tau growth^(r - 1): coarser ranks may be looser. A rank without positives has no loss; with one level it
-is SupCon's `in` form up to the log of the number of positives.
+with the sum over positives inside of the log (RINCE-in). Ranks come from labels with levels: P_1 agrees with the
+anchor on all levels (and holds the sample's own other views), P_r on all but the last r - 1, N on none. A pair of
+each rank must be more alike than all pairs farther away in the taxonomy, which is what HiPrBERT-type systems ask of
+terms. tau_r = tau growth^(r - 1): coarser ranks may be looser. A rank without positives has no loss; with one level
+it is SupCon's `in` form up to the log of the number of positives.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     loss_i = 1/|P(i)| sum_{p in P(i)} [ log( exp l_ip + sum_{n in N(i)} exp l_in ) - l_ip ],     l_ij = <z_i, z_j> / tau
 
-Feeney and Hughes 2023, "SINCERE: Supervised Information Noise-Contrastive Estimation REvisited": in SupCon the
-other positives of an anchor are in the denominator and repel it; here none does. P(i) and N(i) are the embeddings of
-all views of the anchor's class (but itself) and of other classes. With unique labels and two views it is NT-Xent.
+Feeney and Hughes 2023, "SINCERE: Supervised Information Noise-Contrastive Estimation REvisited": in SupCon the other
+positives of an anchor are in the denominator and repel it; here none does. P(i) and N(i) are the embeddings of all
+views of the anchor's class (but itself) and of other classes. With unique labels and two views it is NT-Xent.
 """
 
 from __future__ import annotations

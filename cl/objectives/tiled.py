@@ -60,8 +60,19 @@ class TiledObjective(Objective, Rule):
         """Sides that every worker holds alike: queues, prototypes (`replicated`)."""
         return []
 
+    def derive(self, pairs: Pairs, layout: Layout) -> Pairs:
+        """The batch as the rule sees it: by default the views that the config names; an objective may replace views or
+        add such as it computes from them (projections, means, products), with labels of its own.
+        """
+        if self.view_names is None:
+            return pairs
+        views = {name: pairs.view(name) for name in self.view_names}
+        tokens = {name: mask for name, mask in pairs.tokens.items() if name in views}
+        return replace(pairs, views=views, tokens=tokens)
+
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         layout = workers.layout(len(pairs), pairs.device)
+        pairs = self.derive(pairs, layout)
         meta = {name: pairs.label(name) for name in self.labels()}
         if pairs.ids is not None:
             meta["key"] = keys_of(pairs.ids)
@@ -84,8 +95,7 @@ class TiledObjective(Objective, Rule):
 
     def _view_sides(self, pairs: Pairs, layout: Layout, meta: Mapping[str, Tensor]) -> list[Side]:
         """The views of the batch, masked where a sample does not have them; token-wise ones of equal length."""
-        views = {name: pairs.view(name) for name in self.view_names or pairs.views}
-        sides = sides_of(views, layout, pairs.weights(), content=pairs.content_columns(), meta=meta)
+        sides = sides_of(pairs.views, layout, pairs.weights(), content=pairs.content_columns(), meta=meta)
         for number, side in enumerate(sides):
             name = side.name
             if name in pairs.present:

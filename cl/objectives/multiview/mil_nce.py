@@ -30,7 +30,7 @@ class MilNCE(OneToMany):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = MultiPositiveConfig
-    needs = ("further positives or more views",)
+    compares = "one view against any number"
 
     def passes(self) -> Sequence[Tiler]:
         return [self.tile, self.home] if self.both and self.extra else [self.tile]

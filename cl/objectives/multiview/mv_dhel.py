@@ -28,7 +28,7 @@ class MultiViewDHEL(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = ScaledConfig
-    needs = ("two or more views",)
+    compares = "any number of views"
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return [(view, view) for view in views]

@@ -1,10 +1,10 @@
 """MV-InfoNCE: one term a sample, with all interactions of all views in it.
 
-    loss_i = -log( sum_{u != v} exp l_iu,iv / sum_u sum_{(j, v) != (i, u)} exp l_iu,jv ),      l_iu,jv = <z_iu, z_jv> / tau
+    loss_i = -log( sum_{u != v} exp l_iu,iv / sum_u sum_{(j, v) != (i, u)} exp l_iu,jv ),  l_iu,jv = <z_iu, z_jv> / tau
 
 Koromilas et al. 2025, "A Principled Framework for Multi-View Contrastive Learning", section IV: u and v run over the
-views, j over all samples. All pairs of a sample's views are one positive together, and every other embedding is compared
-with every view. With two views the positive pair counts twice on both sides of the fraction.
+views, j over all samples. All pairs of a sample's views are one positive together, and every other embedding is
+compared with every view. With two views the positive pair counts twice on both sides of the fraction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MultiViewInfoNCE(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = ScaledConfig
-    needs = ("two or more views",)
+    compares = "any number of views"
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return list(combinations_with_replacement(views, 2))

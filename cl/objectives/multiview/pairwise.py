@@ -5,9 +5,9 @@
 
 Tian et al. 2020, "Contrastive Multiview Coding", section 3.3: all pairs of views ("full graph"), or the first view
 against each other one ("core view": image against audio, depth, text ..., as ImageBind). Each pair's mean is over the
-samples that have both views, so a batch may lack modalities here and there. Where the levels of a taxonomy are written
-out as texts (BioCLIP), each level is a view and the image the core. Default weights are 1 over the number of pairs; with
-two views it is symmetric InfoNCE.
+samples that have both views, so a batch may lack modalities here and there. Where the levels of a taxonomy are
+written out as texts (BioCLIP), each level is a view and the image the core. Default weights are 1 over the number of
+pairs; with two views it is symmetric InfoNCE.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Pairwise(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = PairwiseConfig
-    needs = ("two or more views",)
+    compares = "any number of views"
 
     def __init__(self, config: PairwiseConfig) -> None:
         super().__init__(config)

@@ -6,9 +6,9 @@
     sufficient : loss_i = -1/M sum_u log( exp q_iu / ( exp q_iu + sum_{j != i} sum_w exp <r_iu, z_jw> / tau ) )
                  r_iu = 1/(M-1) sum_{v != u} z_iv,      q_iu = <r_iu, z_iu> / tau
 
-Shidani et al. 2024, "Poly-View Contrastive Learning", section 2: means of the one-against-rest bounds over the M views, and
-the mean of the other views as the sufficient statistic of the sample (not normalised). With two views all three are the
-same: NT-Xent without the anchor's own other view among the negatives, which it has in the numerator.
+Shidani et al. 2024, "Poly-View Contrastive Learning", section 2: means of the one-against-rest bounds over the M
+views, and the mean of the other views as the sufficient statistic of the sample (not normalised). With two views all
+three are the same: NT-Xent without the anchor's own other view among the negatives, which it has in the numerator.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from cl.engine.collectives import Workers
-from cl.engine.outcome import Outcome
+from cl.engine.collectives import Layout
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
 PAPER = "Poly-View Contrastive Learning"
+REST = "rest of "  # the name of the mean of all views of a sample but one
 
 
 class PolyView(ScaledObjective):
     """Each view's log-sum over all views of all other samples, and what is made of it."""
 
     Config = ScaledConfig
-    needs = ("two or more views",)
+    compares = "any number of views"
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return list(combinations_with_replacement(views, 2))
@@ -80,13 +80,26 @@ class Arithmetic(PolyView):
 class Sufficient(PolyView):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
-        views = {name: pairs.view(name) for name in self.view_names or pairs.views}
-        present = {name: value for name, value in pairs.present.items() if name in views}
-        for name in list(views):
-            others = [value for other, value in views.items() if other != name and not other.startswith(REST)]
-            views[REST + name] = torch.stack(others).mean(0)
-            masks = [pairs.present[other] for other in views if other in pairs.present and other != name]
-            if masks:
+    def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
+        return [(rest, view) for rest in views if rest.startswith(REST) for view in views if not view.startswith(REST)]
+
+    def derive(self, pairs: Pairs, layout: Layout) -> Pairs:
+        pairs = super().derive(pairs, layout)
+        views, present = dict(pairs.views), dict(pairs.present)
+        for name in pairs.views:
+            others = [other for other in pairs.views if other != name]
+            views[REST + name] = torch.stack([pairs.views[other] for other in others]).mean(0)
+            if masks := [pairs.present[other] for other in others if other in pairs.present]:
                 present[REST + name] = torch.stack(masks).all(0)
-        return super().forward(replace(pairs, views=views, present=present), workers)
+        return replace(pairs, views=views, present=present)
+
+    def tile(self, t: Tile) -> Reductions:
+        return {"rest": row_lse(self.temperature() * t.scores, over="negatives")}
+
+    def finish(self, s: Samples) -> Tensor:
+        losses = []
+        for view in s.present:
+            if not view.startswith(REST):
+                own = self.temperature() * s.own(REST + view, view)
+                losses.append(torch.logaddexp(s["rest", REST + view], own) - own)
+        return torch.stack(losses).mean(0)

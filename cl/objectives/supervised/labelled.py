@@ -27,6 +27,7 @@ class LabelledObjective(TiledObjective):
     and whatever `extra` names.
     """
 
+    compares = "any number of views, or one"
     needs = ("class labels",)
 
     def __init__(self, config: LabelledConfig) -> None:

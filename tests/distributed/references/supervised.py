@@ -350,7 +350,12 @@ REFERENCES: dict[str, Reference] = {
     "soft-nearest-neighbour": Reference(soft_nearest_neighbour),
     "multi-positive": Reference(
         multi_positive,
-        [{}, {"extra": ["positives", "negatives"]}, {"extra": ["positives"], "label": "class"}, {"direction": "forward"}],
+        [
+            {},
+            {"extra": ["positives", "negatives"]},
+            {"extra": ["positives"], "label": "class"},
+            {"direction": "forward"},
+        ],
         views=("a", "b", "c"),
         extra=("positives", "negatives"),
         missing=True,
@@ -359,14 +364,12 @@ REFERENCES: dict[str, Reference] = {
     "himulcon": Reference(himulcon, [{}, {"weights": [0.3, 1.0]}]),
     "rince": Reference(rince, [{}, {"growth": 1.0}]),
     "multi-label": Reference(multi_label, [{}, {"overlap": "containment", "threshold": 0.5}]),
-    "bcl": Reference(bcl, [{"classes": 4}]),
-    "paco": Reference(paco, [{"classes": 3}, {"classes": 4, "alpha": 0.7}]),
+    "bcl": Reference(bcl, [{"classes": 9}]),
+    "paco": Reference(paco, [{"classes": 9}, {"classes": 4, "alpha": 0.7}]),
     "kcl": Reference(kcl, [{"k": 2, "seed": 3}, {"k": 0}]),
     "multi-similarity": Reference(multi_similarity, [{}, {"epsilon": None, "beta": 10.0}]),
     "circle": Reference(circle, [{}, {"gamma": 20.0, "margin": 0.4}]),
     "npair": Reference(npair, [{}, {"label": None, "l2": 0.1}]),
-    "proxy-nca": Reference(
-        proxy_nca, [{"classes": 3}, {"classes": 4, "per_class": 2, "denominator": "all"}]
-    ),
-    "proxy-anchor": Reference(proxy_anchor, [{"classes": 3}, {"classes": 4, "per_class": 2, "alpha": 8.0}]),
+    "proxy-nca": Reference(proxy_nca, [{"classes": 9}, {"classes": 4, "per_class": 2, "denominator": "all"}]),
+    "proxy-anchor": Reference(proxy_anchor, [{"classes": 9}, {"classes": 4, "per_class": 2, "alpha": 8.0}]),
 }

@@ -193,10 +193,35 @@ def test_errors_say_what_was_expected() -> None:
         objective("supcon")(Pairs(both), Workers())
     with pytest.raises(DataError, match=r"expected \[samples, levels\]"):
         objective("himulcon")(Pairs(both, labels={"levels": torch.arange(3)}), Workers())
+    pairs = Pairs(both, labels={"levels": torch.zeros(3, 2, dtype=torch.int64)})
     with pytest.raises(DataError, match="3 weights of levels"):
-        pairs = Pairs(both, labels={"levels": torch.zeros(3, 2, dtype=torch.int64)})
         objective("himulcon", weights=[1.0, 1.0, 1.0])(pairs, Workers())
     with pytest.raises(DataError, match="holds class 5, but there are 4 classes"):
         objective("paco", classes=4)(Pairs(both, labels={"class": torch.tensor([0, 5, 1])}), Workers())
     with pytest.raises(ConfigError, match="classes"):
         objective("proxy-nca")
+    with pytest.raises(DataError, match="holds classes from 0 to 9; expected 0 to 3"):
+        objective("gated-subspaces", classes=4)(Pairs(both, labels={"class": torch.tensor([0, 9, 1])}), Workers())
+
+
+@FEW
+@given(SEEDS, COUNTS)
+def test_open_gates_are_infonce(seed: int, count: int) -> None:
+    gated = objective("gated-subspaces", classes=3)
+    gated.get_parameter("gate.2.weight").data.zero_()
+    gated.get_parameter("gate.2.bias").data.fill_(100.0)
+    pairs = Pairs(views(seed, count), labels={"class": classes(seed, count)})
+    assert loss(gated, pairs) == pytest.approx(loss(objective("infonce"), pairs), rel=1e-12)
+
+
+@FEW
+@given(SEEDS, COUNTS)
+def test_without_a_margin_it_is_the_normalised_softmax(seed: int, count: int) -> None:
+    label = classes(seed, count)
+    pairs = Pairs(views(seed, count, "a"), labels={"class": label})
+    for name in ("cosface", "arcface"):
+        of = objective(name, classes=4, scale=7.0, margin=0.0)
+        vectors = normalize(of.get_parameter("proxies.vectors"), dim=1)
+        expected = float(cross_entropy(7 * pairs.views["a"] @ vectors.T, label).detach())
+        assert loss(of, pairs) == pytest.approx(expected, rel=1e-12)
+        assert loss(objective(name, classes=4, scale=7.0, margin=0.2), pairs) > expected

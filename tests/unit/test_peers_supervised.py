@@ -143,3 +143,20 @@ def test_proxies(seed: int, kind: str) -> None:
     peer.proxies.data = vectors.detach().clone()
     compare(on_sphere(ours, label), lambda x: peer(x, label), points)
     torch.testing.assert_close(vectors.grad, peer.proxies.grad, rtol=1e-7, atol=1e-9)
+
+
+@SEEDS
+@pytest.mark.parametrize("kind", ["cosface", "arcface"])
+def test_margin_softmax(seed: int, kind: str) -> None:
+    """Their angles are in degrees and their class vectors in columns."""
+    points, label = batch(seed)
+    if kind == "cosface":
+        peer = losses.CosFaceLoss(CLASSES, WIDTH, margin=0.3, scale=12)
+        ours = objective("cosface", classes=CLASSES, margin=0.3, scale=12.0)
+    else:
+        peer = losses.ArcFaceLoss(CLASSES, WIDTH, margin=math.degrees(0.7), scale=12)
+        ours = objective("arcface", classes=CLASSES, margin=0.7, scale=12.0)
+    vectors = ours.get_parameter("proxies.vectors")
+    peer.W.data = vectors.detach().T.clone()
+    compare(on_sphere(ours, label), lambda x: peer(x, label), points)
+    torch.testing.assert_close(vectors.grad, peer.W.grad.T, rtol=1e-7, atol=1e-9)

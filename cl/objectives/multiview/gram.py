@@ -21,7 +21,7 @@ from torch import Tensor
 from cl.engine.collectives import Layout
 from cl.engine.rule import Comparison, Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 from cl.pairs import Pairs
 
 
@@ -30,11 +30,10 @@ from cl.pairs import Pairs
     "the volume spanned by all modalities of a sample, small for its own and large for others'",
     paper="Gramian Multimodal Representation Learning and Alignment",
 )
-class Gram(ScaledObjective):
+class Gram(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    Config = ScaledConfig
-    compares = "any number of views"
+    Config = ManyViewsConfig
 
     def derive(self, pairs: Pairs, layout: Layout) -> Pairs:
         """The other modalities of a sample stay together: it has all of them or none."""
@@ -45,7 +44,7 @@ class Gram(ScaledObjective):
         return pairs
 
     def comparisons(self, views: Sequence[str]) -> list[Comparison]:
-        anchor, second, *others = [view for view in views if view not in self.extra]
+        anchor, second, *others = views
         return [Comparison(anchor, second, {view: (anchor, view) for view in others})]
 
     def inputs(self, s: Samples) -> Mapping[tuple[str, str], Tensor]:

@@ -16,7 +16,7 @@ import torch
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.multiview.mv_infonce import agreement
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 
 
 @OBJECTIVES.register(
@@ -24,11 +24,10 @@ from cl.objectives.tiled import ScaledConfig, ScaledObjective
     "alignment over all views at once, negatives within each view alone",
     paper="A Principled Framework for Multi-View Contrastive Learning",
 )
-class MultiViewDHEL(ScaledObjective):
+class MultiViewDHEL(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    Config = ScaledConfig
-    compares = "any number of views"
+    Config = ManyViewsConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return [(view, view) for view in views]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 
 
 def agreement(s: Samples, scale: Tensor) -> Tensor:
@@ -31,11 +31,10 @@ def agreement(s: Samples, scale: Tensor) -> Tensor:
     "one softmax a sample over all interactions of any number of views",
     paper="A Principled Framework for Multi-View Contrastive Learning",
 )
-class MultiViewInfoNCE(ScaledObjective):
+class MultiViewInfoNCE(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    Config = ScaledConfig
-    compares = "any number of views"
+    Config = ManyViewsConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return list(combinations_with_replacement(views, 2))

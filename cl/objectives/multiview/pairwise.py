@@ -20,10 +20,10 @@ from pydantic import Field, model_validator
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 
 
-class PairwiseConfig(ScaledConfig):
+class PairwiseConfig(ManyViewsConfig):
     graph: Literal["full", "core"] = Field("full", description="all pairs of views, or the first view with each other")
     pairs: list[tuple[str, str]] | None = Field(None, description="the pairs themselves, instead of a graph")
     weights: list[float] | None = Field(None, description="of each pair, in order; default: 1 over their number")
@@ -41,11 +41,10 @@ class PairwiseConfig(ScaledConfig):
     "symmetric InfoNCE summed over pairs of any number of views, weighted",
     paper="Contrastive Multiview Coding",
 )
-class Pairwise(ScaledObjective):
+class Pairwise(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = PairwiseConfig
-    compares = "any number of views"
 
     def __init__(self, config: PairwiseConfig) -> None:
         super().__init__(config)
@@ -54,8 +53,7 @@ class Pairwise(ScaledObjective):
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         if self.pairs is not None:
             return self.pairs
-        own = [view for view in views if view not in self.extra]
-        return list(combinations(own, 2)) if self.graph == "full" else [(own[0], view) for view in own[1:]]
+        return list(combinations(views, 2)) if self.graph == "full" else [(views[0], view) for view in views[1:]]
 
     def tile(self, t: Tile) -> Reductions:
         logits = self.temperature() * t.scores

@@ -23,18 +23,17 @@ from torch import Tensor
 from cl.engine.collectives import Layout
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 from cl.pairs import Pairs
 
 PAPER = "Poly-View Contrastive Learning"
 REST = "rest of "  # the name of the mean of all views of a sample but one
 
 
-class PolyView(ScaledObjective):
+class PolyView(ManyViewsObjective):
     """Each view's log-sum over all views of all other samples, and what is made of it."""
 
-    Config = ScaledConfig
-    compares = "any number of views"
+    Config = ManyViewsConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return list(combinations_with_replacement(views, 2))

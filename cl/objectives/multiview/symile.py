@@ -34,14 +34,14 @@ from cl.engine.normalise import unit
 from cl.engine.randomness import keys_of
 from cl.engine.rule import Reductions, Samples, Tile, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 from cl.pairs import Pairs
 
 TUPLE = "others of "  # the name of a side of shuffled tuples: this, the anchor's view, and which shuffle
 CONTENT = "symile content"  # label: what a sample holds; the label named as a tuple is what its members hold
 
 
-class SymileConfig(ScaledConfig):
+class SymileConfig(ManyViewsConfig):
     shuffles: int = Field(1, ge=1, description="sets of shuffled tuples; each gives N - 1 negatives an anchor")
     seed: int = Field(0, description="of the shuffles")
     missing: Literal["skip", "learnt"] = Field(
@@ -61,11 +61,10 @@ class SymileConfig(ScaledConfig):
     "any number of modalities at once by their multilinear inner product, missing ones allowed",
     paper="Contrasting with Symile: Simple Model-Agnostic Representation Learning for Unlimited Modalities",
 )
-class Symile(ScaledObjective):
+class Symile(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature; a vector a modality if `learnt`."""
 
     Config = SymileConfig
-    compares = "any number of views"
 
     def __init__(self, config: SymileConfig) -> None:
         super().__init__(config)

@@ -19,13 +19,13 @@ from torch import nn
 from cl.engine.collectives import Layout
 from cl.engine.normalise import unit
 from cl.engine.rule import Reductions, Samples, Term, Tile, column_lse, row_lse
-from cl.errors import ConfigError, DataError
+from cl.errors import DataError
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 from cl.pairs import Pairs
 
 
-class ThreeTowersConfig(ScaledConfig):
+class ThreeTowersConfig(ManyViewsConfig):
     dimensions: int | None = Field(None, ge=1, description="of the embeddings; default: those of the model")
     third_dimensions: int | None = Field(None, ge=1, description="of the third view; default: as the others")
 
@@ -35,7 +35,7 @@ class ThreeTowersConfig(ScaledConfig):
     "image and text against each other and, through projections, against a frozen third tower",
     paper="Three Towers: Flexible Contrastive Learning with Pretrained Image Models",
 )
-class ThreeTowers(ScaledObjective):
+class ThreeTowers(ManyViewsObjective):
     """See the module's formula. Parameters: four linear layers, and the log of the inverse temperature."""
 
     Config = ThreeTowersConfig
@@ -43,8 +43,7 @@ class ThreeTowers(ScaledObjective):
 
     def __init__(self, config: ThreeTowersConfig) -> None:
         super().__init__(config)
-        if config.dimensions is None:
-            raise ConfigError("Three towers need the field dimensions: the size of the embeddings.")
+        assert config.dimensions is not None  # filled in by `build`
         width, third = config.dimensions, config.third_dimensions or config.dimensions
         self.own = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
         self.third = nn.ModuleList([nn.Linear(third, width) for _ in range(2)])

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, Tiler, column_lse, column_sum, row_lse
 from cl.engine.side import Side
-from cl.errors import ConfigError
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.supervised.labelled import PROTOTYPES, ScaledLabelledConfig, ScaledLabelledObjective, each_anchor
 from cl.objectives.supervised.prototypes import ClassPrototypes
@@ -48,8 +47,7 @@ class PrototypeObjective(ScaledLabelledObjective):
 
     def __init__(self, config: PrototypeConfig, normalised: bool) -> None:
         super().__init__(config)
-        if config.dimensions is None:
-            raise ConfigError("The prototypes need the field dimensions: the size of the embeddings.")
+        assert config.dimensions is not None  # filled in by `build`
         self.prototypes = ClassPrototypes(config.classes, config.dimensions, normalised=normalised)
 
     def constants(self, pairs: Pairs) -> list[Side]:

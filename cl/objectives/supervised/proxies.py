@@ -30,7 +30,6 @@ from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, Tiler, column_lse, row_lse, row_sum
 from cl.engine.side import Side
-from cl.errors import ConfigError
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.supervised.labelled import PROTOTYPES, LabelledConfig, LabelledObjective, each_anchor
 from cl.objectives.supervised.prototypes import ClassPrototypes
@@ -40,6 +39,7 @@ from cl.pairs import Pairs
 
 
 class ProxyConfig(LabelledConfig):
+    extra: list[str] = Field([], max_length=0, description="none: embeddings are compared with proxies alone")
     classes: int = Field(ge=1, description="number of classes of the data, not of the batch")
     per_class: int = Field(1, ge=1, description="proxies of each class")
     dimensions: int | None = Field(None, ge=1, description="of the embeddings; default: those of the model")
@@ -52,12 +52,11 @@ class ProxyObjective(LabelledObjective):
 
     def __init__(self, config: ProxyConfig) -> None:
         super().__init__(config)
-        if config.dimensions is None:
-            raise ConfigError("The proxies need the field dimensions: the size of the embeddings.")
+        assert config.dimensions is not None  # filled in by `build`
         self.proxies = ClassPrototypes(config.classes, config.dimensions, config.per_class)
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
-        return [(view, PROTOTYPES) for view in views if view != PROTOTYPES and view not in self.extra]
+        return [(view, PROTOTYPES) for view in views if view != PROTOTYPES]
 
     def constants(self, pairs: Pairs) -> list[Side]:
         return [self.proxies.side(pairs, self.label)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, linear, normalize
 
 from cl.engine import randomness
 from tests.distributed.references.batch import Batch, Reference
@@ -340,6 +341,50 @@ def proxy_anchor(batch: Batch, parameters: Parameters, settings: Settings) -> Te
     return pull[present].sum() / present.sum().clamp_min(1) + push.mean()
 
 
+def margin_softmax(batch: Batch, parameters: Parameters, settings: Settings, angle: bool) -> Tensor:
+    """Wang et al. 2018, eq. 4; Deng et al. 2019, eq. 3: cross-entropy with one changed logit."""
+    vectors, label = normalize(parameters["proxies.vectors"], dim=1), batch.labels["class"]
+    margin = settings.get("margin", 0.5 if angle else 0.35)
+    losses = []
+    for view in batch.views.values():
+        cosine = view @ vectors.T
+        own = cosine.gather(1, label[:, None])
+        if angle:
+            theta = own.acos()
+            own = torch.where(theta + margin < torch.pi, (theta + margin).cos(), own - margin * math.sin(margin))
+        else:
+            own = own - margin
+        logits = settings.get("scale", 64.0) * cosine.scatter(1, label[:, None], own)
+        losses.append(batch.mean(cross_entropy(logits, label, reduction="none")))
+    return torch.stack(losses).mean()
+
+
+def cosface(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    return margin_softmax(batch, parameters, settings, angle=False)
+
+
+def arcface(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    return margin_softmax(batch, parameters, settings, angle=True)
+
+
+def gated_subspaces(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Wu et al. 2024, section 3: every candidate through the gate of every anchor."""
+    label = batch.labels[settings.get("label", "class")].view(len(batch), -1)
+    mean = parameters["vectors.weight"][label].mean(1)
+    hidden = linear(mean, parameters["gate.0.weight"], parameters["gate.0.bias"]).relu()
+    gates = linear(hidden, parameters["gate.2.weight"], parameters["gate.2.bias"]).sigmoid()
+    first, second = batch.views.values()
+    loss = torch.zeros((), dtype=first.dtype)
+    for anchors, candidates in ((first, second), (second, first)):
+        left = normalize(gates * anchors, dim=1)[:, None]
+        right = normalize(gates[:, None] * candidates, dim=2)
+        logits = scale(parameters) * (left * right).sum(2)
+        alive = batch.weight > 0
+        losses = lse(logits, ~batch.excluded).where(alive, 0) - logits.diagonal()
+        loss = loss + batch.mean(losses) / 2
+    return loss
+
+
 def unicl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     return multi_positive(batch, parameters, settings, "class")
 
@@ -372,4 +417,7 @@ REFERENCES: dict[str, Reference] = {
     "npair": Reference(npair, [{}, {"label": None, "l2": 0.1}]),
     "proxy-nca": Reference(proxy_nca, [{"classes": 9}, {"classes": 4, "per_class": 2, "denominator": "all"}]),
     "proxy-anchor": Reference(proxy_anchor, [{"classes": 9}, {"classes": 4, "per_class": 2, "alpha": 8.0}]),
+    "cosface": Reference(cosface, [{"classes": 9}, {"classes": 3, "scale": 10.0, "margin": 0.1}]),
+    "arcface": Reference(arcface, [{"classes": 9}, {"classes": 3, "scale": 10.0, "margin": 1.2}]),
+    "gated-subspaces": Reference(gated_subspaces, [{"classes": 9}, {"label": "levels", "classes": 16, "hidden": 3}]),
 }

@@ -90,6 +90,27 @@ def test_the_sum_inside_of_the_log_without_the_count(seed: int, count: int) -> N
 
 
 @FEW
+@given(SEEDS, st.integers(4, 9))
+def test_neighbours_are_near_by_distance_not_by_angle(seed: int, count: int) -> None:
+    """Embeddings of any length: the formula on one view."""
+    z, label = views(seed, count, "a", unit=False)["a"], torch.arange(count) % 2
+    near = (-(torch.cdist(z, z).square())).exp().masked_fill(torch.eye(count, dtype=torch.bool), 0)
+    expected = -((near * (label[:, None] == label)).sum(1) / near.sum(1)).log().mean()
+    of = objective("soft-nearest-neighbour", temperature=1.0)
+    assert loss(of, Pairs({"a": z}, labels={"class": label})) == pytest.approx(float(expected), rel=1e-9)
+
+
+@FEW
+@given(SEEDS, COUNTS, st.sampled_from(["himulcon", "rince"]))
+def test_names_of_species_may_come_again_in_another_family(seed: int, count: int, name: str) -> None:
+    """A level counts as equal only where all above it are."""
+    family, species = classes(seed, count), classes(seed + 1, count)
+    numbered, again = torch.stack([family, 3 * family + species], 1), torch.stack([family, species], 1)
+    both = [Pairs(views(seed, count), labels={"levels": levels}) for levels in (numbered, again)]
+    assert loss(objective(name), both[0]) == pytest.approx(loss(objective(name), both[1]), rel=1e-12)
+
+
+@FEW
 @given(SEEDS, COUNTS)
 def test_one_positive_is_infonce(seed: int, count: int) -> None:
     pairs = Pairs(views(seed, count), labels={"class": torch.arange(count)})

@@ -82,10 +82,9 @@ class MultiPositive(OneToMany):
         if t.column_view not in self.extra or t.columns.role != "view":
             return {}
         back = t.column("all") - t.column("agree") / t.column("count").clamp_min(1)
-        own = t.positive & (t.column("count") > 0)
         return {
-            "back": row_sum(back.expand(t.scores.shape), mask=own),
-            "extra": row_sum(own.to(t.scores)),
+            "back": row_sum(back.expand(t.scores.shape), mask=t.positive),
+            "extra": row_sum(t.positive.to(t.scores)),
         }
 
     def finish(self, s: Samples) -> list[Term]:

@@ -292,7 +292,7 @@ REFERENCES: dict[str, Reference] = {
         [
             {},
             {"extra": ["positives", "negatives"]},
-            {"extra": ["positives"], "label": "class"},
+            {"extra": ["positives", "negatives"], "label": "class"},
             {"direction": "forward"},
         ],
         views=VIEWS,

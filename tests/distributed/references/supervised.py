@@ -239,7 +239,7 @@ def paco(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     label = batch.labels["class"]
     kind = torch.cat([label[plain.of], torch.arange(len(centres))])
     positives = s.counts & (s.own | (label[s.sample][:, None] == kind))
-    weight = positives * torch.where(s.of >= 0, settings.get("alpha", 0.05), 1.0)
+    weight = positives * torch.ones(len(s.of), dtype=logits.dtype).where(s.of < 0, settings.get("alpha", 0.05))
     gap = lse(logits, s.counts).where(s.counts.any(1), 0)[:, None] - logits
     mass = weight.sum(1)
     return s.mean(batch, (weight * gap).sum(1) / mass.where(mass > 0, 1), mass > 0)
@@ -398,7 +398,7 @@ REFERENCES: dict[str, Reference] = {
         [
             {},
             {"extra": ["positives", "negatives"]},
-            {"extra": ["positives"], "label": "class"},
+            {"extra": ["positives", "negatives"], "label": "class"},
             {"direction": "forward"},
         ],
         views=("a", "b", "c"),

@@ -116,6 +116,7 @@ def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
         ids[:, 0] = torch.arange(count) + 3 * step  # unique in a step; some come again in a later one
     soft = torch.rand(count, count, generator=generator, dtype=torch.float64)
     levels = torch.stack([randint(2, count), randint(4, count)], 1)
+    times = randint(5, count)[:, None] + torch.tensor([1, 7])  # t < T of each sample's middle and end
     batch = Batch(
         views={},
         weight=weight,
@@ -129,6 +130,7 @@ def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
             "vector": randn(count, 3),
             "source": randint(2, count),
             "cluster": randint(3, count),
+            "time": times,
         },
         present={"c": torch.rand(count, generator=generator) < 0.7} if reference.missing else {},
         tokens={name: torch.arange(TOKENS) < lengths[name][:, None] for name in lengths if name in reference.views},

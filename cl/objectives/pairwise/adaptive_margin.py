@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, row_sum
 from cl.objectives.base import OBJECTIVES
@@ -25,7 +25,7 @@ from cl.objectives.tiled import TiledConfig, TiledObjective
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": torch.square,
     "l1": torch.abs,
-    "soft": lambda value: softplus(-value),
+    "soft": lambda value: -logsigmoid(value),
 }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
@@ -80,8 +80,8 @@ class ModelAware(DirectedObjective):
         for view in anchors:
             valid = s["rest", view].isfinite()
             x = s["rest", view].where(valid, 0) - positive
-            # softplus(x) / sigmoid(x) = 1 + exp(x) / 2 + O(exp(2 x)) where both underflow
-            value = torch.where(x < -15, 1 + x.exp() / 2, softplus(x) / x.clamp_min(-15).sigmoid())
+            # -logsigmoid(-x) / sigmoid(x) = 1 + exp(x) / 2 + O(exp(2 x)), where both underflow
+            value = torch.where(x < -15, 1 + x.exp() / 2, -logsigmoid(-x) / x.clamp_min(-15).sigmoid())
             terms.append(Term(x + (value - x).detach(), valid, factor=1 / len(anchors)))
         return terms
 

@@ -31,7 +31,7 @@ class Batch:
         content: [N] content ids.
         ids: [N, 2] sample ids.
         labels: `class` int64 [N]; `levels` int64 [N, 2], coarse to fine; `tags` [N, 4] of 0 and 1; `score` float [N];
-            `vector` float [N, 3]; `source` int64 [N]; `cluster` int64 [N].
+            `vector` float [N, 3]; `source` int64 [N]; `cluster` int64 [N]; `time` int64 [N, 2], 0 < t < T.
         present: view -> bool [N].
         tokens: view -> bool [N, T].
         extra: name -> further embeddings: `negatives` and `positives`.

@@ -1,0 +1,279 @@
+"""References of objectives with graded and soft targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tests.distributed.references.batch import Batch, Reference
+from tests.distributed.references.pairwise_kernel import squared
+from tests.distributed.references.pairwise_softmax import scale_of
+
+Parameters = Mapping[str, Tensor]
+Settings = Mapping[str, Any]
+
+
+def soft(batch: Batch, logits: list[Tensor], weights: list[Tensor], settings: Settings) -> Tensor:
+    """Cross-entropy of weights w and logits l, each [N, M] for the anchors of one view; own pairs stand first [N, N]."""
+    total = torch.zeros((), dtype=torch.float64)
+    for score, weight in zip(logits, weights, strict=True):
+        counts = score > -torch.inf
+        weight = weight * counts
+        mass = weight.sum(1, keepdim=True)
+        valid = mass[:, 0] > 0
+        target = weight / mass.where(mass > 0, 1)
+        own = settings.get("own_share", 0.0)
+        target = (1 - own) * target + own * torch.eye(*target.shape, dtype=torch.float64)
+        uniform = settings.get("uniform", 0.0)
+        target = (1 - uniform) * target + uniform * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+        log_q = score.where(counts, -torch.inf).log_softmax(1).where(counts, 0)
+        total = total - batch.mean((target * log_q).sum(1), valid) / len(logits)
+    return total
+
+
+def two_sided(batch: Batch, affinity: Tensor, parameters: Parameters, settings: Settings) -> Tensor:
+    """`soft` with one affinity [N, N] for both directions, cosines for logits, and both sides if the settings say so."""
+    scale = scale_of(parameters, settings)
+    return soft_of(batch, lambda x, y: scale * x @ y.T, [affinity, affinity.T], settings)
+
+
+def soft_of(
+    batch: Batch, score: Any, affinities: list[Tensor], settings: Settings, within: Tensor | None = None
+) -> Tensor:
+    """`soft` with any score of two views, the affinity of each direction, and that of samples in the same view."""
+    views = list(batch.views.values())[:2]
+    logits, weights = [], []
+    directions = [(0, 1), (1, 0)] if settings.get("direction", "both") == "both" else [(0, 1)]
+    for first, second in directions:
+        parts = [score(views[first], views[second]).masked_fill(batch.excluded, -torch.inf)]
+        known = [affinities[first]]
+        if settings.get("same_side"):
+            parts.append(score(views[first], views[first]).masked_fill(batch.not_negative, -torch.inf))
+            known.append(affinities[0] if within is None else within)
+        logits.append(torch.cat(parts, 1))
+        weights.append(torch.cat(known, 1))
+    return soft(batch, logits, weights, settings)
+
+
+def soft_targets(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Brannon et al. 2023, eq. 3: targets (1 - own) T / sum T + own I."""
+    return two_sided(batch, batch.targets["soft"], parameters, settings)
+
+
+def soft_labels(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Burdisso et al. 2024, eq. 3 and 4."""
+    label = normalize(batch.labels["vector"], dim=1)
+    return two_sided(batch, (label @ label.T / settings.get("label_temperature", 0.35)).exp(), parameters, settings)
+
+
+def y_aware(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Dufumier et al. 2021, eq. 3."""
+    label = batch.labels[settings.get("label", "score")].view(len(batch), -1)
+    affinity = (-squared(label, label) / (2 * settings.get("sigma", 1.0) ** 2)).exp()
+    return two_sided(batch, affinity, parameters, settings)
+
+
+def listnet(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Cao et al. 2007, section 4."""
+    return two_sided(
+        batch, (batch.targets["soft"] / settings.get("target_temperature", 1.0)).exp(), parameters, settings
+    )
+
+
+def cwcl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Srinivasa et al. 2023, eq. 2 to 4: weighted one way, plain the other way."""
+    first, second = list(batch.views.values())[:2]
+    teacher = batch.views[settings["teacher"]] if "teacher" in settings else first.detach()
+    logits = (scale_of(parameters, settings) * first @ second.T).masked_fill(batch.excluded, -torch.inf)
+    weight = (0.5 + teacher @ teacher.T / 2) * ~batch.excluded
+    log_p = logits.log_softmax(1).masked_fill(batch.excluded, 0)
+    mass = weight.sum(1)
+    loss = batch.mean(-(weight * log_p).sum(1) / mass.where(mass > 0, 1))
+    if settings.get("direction", "both") == "forward":
+        return loss
+    return (loss + batch.mean(-logits.T.log_softmax(1).diagonal())) / 2
+
+
+def gcl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Zhu et al. 2024: each pair's cross-entropies times the weight of its relevance."""
+    first, second = batch.views.values()
+    logits = (scale_of(parameters, settings) * first @ second.T).masked_fill(batch.excluded, -torch.inf)
+    both = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()) / 2
+    y = batch.labels[settings.get("label", "score")].double()
+    kind = settings.get("weight", "linear")
+    weight = {
+        "linear": y.clamp_min(0),
+        "constant": torch.ones_like(y),
+        "reciprocal": 1 / y.clamp_min(1),
+        "inverse-log": math.log(2) / (1 + y.clamp_min(1)).log(),
+    }[kind]
+    loss = batch.mean(weight * both)
+    return loss / batch.mean(weight) if settings.get("normalise") else loss
+
+
+def listmle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Xia et al. 2008 and 2009: the Plackett-Luce likelihood of the first k places, row by row."""
+    first, second = batch.views.values()
+    logits = scale_of(parameters, settings) * first @ second.T
+    values = torch.zeros(len(batch), dtype=torch.float64)
+    for i in range(len(batch)):
+        listed = [j for j in range(len(batch)) if not batch.excluded[i, j]]
+        listed.sort(key=lambda j: -float(batch.targets["soft"][i, j]))  # noqa: B023 - stable: ties keep their order
+        for place in range(min(settings.get("k", 5), len(listed))):
+            values[i] = values[i] - logits[i, listed[place:]].log_softmax(0)[0]
+    return batch.mean(values)
+
+
+def ascl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Feng and Patras 2022, section III, on the batch in the place of the queue."""
+    first, second = list(batch.views.values())[:2]
+    teacher = batch.views[settings["teacher"]] if "teacher" in settings else second.detach()
+    negative = ~batch.not_negative
+    some = negative.any(1, keepdim=True)
+    pseudo = (teacher @ teacher.T / settings.get("teacher_temperature", 0.05)).masked_fill(~negative, -torch.inf)
+    chance = pseudo.masked_fill(~some, 0).softmax(1) * negative
+    entropy = -(chance * chance.where(chance > 0, 1).log()).sum(1, keepdim=True)
+    confidence = 1 - entropy / negative.double().sum(1, keepdim=True).clamp_min(2).log()
+    weight = (settings.get("neighbours", 1.0) * confidence * chance).clamp(0, 1) + torch.eye(len(batch), dtype=torch.float64)
+    logits = (scale_of(parameters, settings, 0.1) * first @ second.T).masked_fill(batch.excluded, -torch.inf)
+    log_p = logits.log_softmax(1).masked_fill(batch.excluded, 0)
+    return batch.mean(-(weight * log_p).sum(1) / weight.sum(1))
+
+
+def groco(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Shvetsova et al. 2023, section 3: an odd-even network with Cauchy comparators, sample by sample, on matrices."""
+    names, k, steep = list(batch.views), settings.get("negatives", 10), settings.get("steepness", 1.0)
+    present = torch.stack([batch.present.get(n, torch.ones(len(batch), dtype=torch.bool)) for n in names]).all(0)
+    total = torch.zeros((), dtype=torch.float64)
+    for name in names:
+        anchor = batch.views[name]
+        values, valid = torch.zeros(len(batch), dtype=torch.float64), torch.zeros(len(batch), dtype=torch.bool)
+        there = batch.present.get(name, torch.ones(len(batch), dtype=torch.bool))
+        for i in range(len(batch)):
+            others = [batch.views[n][i] for n in names if n != name]
+            pool = anchor[~batch.not_negative[i] & there]
+            if settings.get("stop_candidates", True):
+                others, pool = [o.detach() for o in others], pool.detach()
+            if len(pool) < k or not present[i]:
+                continue
+            negatives = (pool @ anchor[i]).sort().values[-k:]
+            x = torch.cat([negatives, torch.stack([o @ anchor[i] for o in others]).sort().values])
+            n = len(x)
+            moved = torch.eye(n, dtype=torch.float64)
+            for layer in range(n):
+                step = torch.eye(n, dtype=torch.float64)
+                for j in range(layer % 2, n - 1, 2):
+                    keep = 0.5 + (steep * (x[j + 1] - x[j])).atan() / math.pi
+                    block = torch.stack([torch.stack([keep, 1 - keep]), torch.stack([1 - keep, keep])])
+                    step = step.index_put((torch.tensor([[j], [j + 1]]), torch.tensor([[j, j + 1]])), block)
+                x, moved = step @ x, moved @ step
+            high = moved[:, k:].sum(1)
+            target = torch.tensor([0.0] * k + [1.0] * (n - k), dtype=torch.float64)
+            cross = torch.nn.functional.binary_cross_entropy(high.clamp(0, 1), target)
+            values[i], valid[i] = cross, True
+        total = total + batch.mean(values, valid) / len(names)
+    return total
+
+
+def inversions(batch: Batch, score: Tensor, scale: Tensor) -> Tensor:
+    """log(1 + sum over i, k with y_i > y_k of exp(scale (s_k - s_i))), with the weights of i scaled to mean 1."""
+    alive = batch.weight > 0
+    score, label, weight = score[alive], batch.labels["score"][alive], batch.weight[alive]
+    wrong = (label[:, None] > label) * (scale * (score[None] - score[:, None])).exp()
+    return (1 + (weight / weight.mean() * wrong.sum(1)).sum()).log()
+
+
+def cosent(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Su 2022."""
+    first, second = batch.views.values()
+    return inversions(batch, (first * second).sum(1), scale_of(parameters, settings, 0.05))
+
+
+def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Li and Li 2024, eq. 6 to 9, with torch's own complex numbers."""
+    z, w = (torch.complex(*view.chunk(2, 1)) for view in batch.views.values())
+    quotient = z / z.abs().square().sum(1, keepdim=True).sqrt() / (w / w.abs().square().sum(1, keepdim=True).sqrt())
+    return inversions(batch, (quotient.real + quotient.imag).sum(1).abs(), scale_of(parameters, settings, 0.05))
+
+
+def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Reimers and Gurevych 2019, section 3; with a learnt line, Barkan et al. 2020."""
+    score = torch.nn.functional.cosine_similarity(*batch.views.values())
+    if settings.get("affine"):
+        score = parameters["factor"] * score + parameters["offset"]
+    miss = (score - batch.labels["score"]).abs()
+    huber = torch.where(miss < 1, miss**2 / 2, miss - 0.5)
+    return batch.mean({"squared": miss**2, "absolute": miss, "huber": huber}[settings.get("error", "squared")])
+
+
+def icon(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Alshammari et al. 2025, table 1: the cross-entropy of p and q."""
+    scale, q, nu = scale_of(parameters, settings), settings.get("q", "cosine"), settings.get("degrees", 1.0)
+
+    def score(x: Tensor, y: Tensor) -> Tensor:
+        if q == "cosine":
+            return scale * x @ y.T
+        if q == "gaussian":
+            return -squared(x, y) * scale / 2
+        return (1 + squared(x, y) * scale / nu).pow(-(nu + 1) / 2).log()
+
+    kind = settings.get("p", "pairs")
+    if kind == "pairs":
+        affinity = torch.eye(len(batch), dtype=torch.float64)
+        if settings.get("same_side"):  # no positives within a view
+            return soft_of(batch, score, [affinity, affinity], settings, within=torch.zeros_like(affinity))
+    elif kind == "labels":
+        label = batch.labels["class"]
+        affinity = (label[:, None] == label).double()
+    elif kind == "targets":
+        affinity = batch.targets["soft"]
+    else:
+        left, right = (batch.views[name] for name in settings.get("teachers", ("a_teacher", "b_teacher")))
+        alike = left @ right.T
+        if kind == "neighbours":
+            near = []
+            for matrix in (alike, alike.T):
+                ranked = matrix.masked_fill(batch.not_negative, -torch.inf)
+                k = min(settings.get("k", 5), len(batch))
+                near.append(((ranked >= ranked.topk(k, 1).values[:, -1:]) | batch.own).double())
+            return soft_of(batch, score, near, settings)
+        affinity = (alike / settings.get("p_temperature", 0.1)).exp()
+    return soft_of(batch, score, [affinity, affinity.T], settings)
+
+
+TEACHERS = ("a", "b", "a_teacher", "b_teacher")
+REFERENCES: dict[str, Reference] = {
+    "soft-targets": Reference(soft_targets, [{}, {"own_share": 0.4, "direction": "forward"}]),
+    "soft-labels": Reference(soft_labels, [{"label": "vector"}, {"label_temperature": 0.1, "same_side": True}]),
+    "y-aware": Reference(y_aware, [{}, {"label": "vector", "sigma": 0.5, "same_side": True}]),
+    "listnet": Reference(listnet, [{"target_temperature": 0.05}]),
+    "listmle": Reference(listmle, [{"k": 3}, {"k": 12}]),
+    "cwcl": Reference(cwcl, [{"teacher": "a_teacher"}, {}, {"direction": "forward"}], views=TEACHERS),
+    "gcl": Reference(gcl, [{}, {"label": "class", "weight": "inverse-log"}, {"normalise": True}]),
+    "ascl": Reference(ascl, [{}, {"neighbours": 5.0, "teacher_temperature": 0.3, "teacher": "b_teacher"}], views=TEACHERS),
+    "groco": Reference(
+        groco,
+        [{"negatives": 3}, {"negatives": 2, "steepness": 8.0, "stop_candidates": False}],
+        views=("a", "b", "c"),
+        missing=True,
+    ),
+    "cosent": Reference(cosent, [{}, {"temperature": 0.5, "learn_temperature": True}]),
+    "angle": Reference(angle, [{"temperature": 0.5}]),
+    "score-regression": Reference(score_regression, [{}, {"affine": True, "error": "huber"}, {"error": "absolute"}]),
+    "i-con": Reference(
+        icon,
+        [
+            {"q": "gaussian", "uniform": 0.3, "same_side": True},
+            {"p": "labels", "q": "student-t", "degrees": 3.0},
+            {"p": "kernel"},
+            {"p": "neighbours", "k": 3, "q": "student-t"},
+            {"p": "targets", "uniform": 0.2},
+        ],
+        views=TEACHERS,
+    ),
+}

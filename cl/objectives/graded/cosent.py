@@ -2,11 +2,11 @@
 
     loss = log( 1 + sum over i, k with y_i > y_k of exp((s_k - s_i) / tau) ),   s_i = score of the pair (a_i, b_i)
 
-CoSENT: Su 2022, "CoSENT: A more efficient sentence vector scheme than Sentence-BERT", s the cosine. AnglE: Li and Li
-2024, "AnglE-optimized Text Embeddings", eq. 6 to 9: each embedding is a complex vector z (first half real, second half
-imaginary), and s = |sum of real and imaginary parts of (a_i / |a_i|) / (b_i / |b_i|)|, the quotient element by element
-and |.| the length of the whole vector. Pairs i, k run over the samples of all workers. With weights w the sum is
-n^2 times the mean weighted by w_i / sum w: weights count for the pair that should win.
+CoSENT: Huang et al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking", s the cosine. AnglE: Li and Li
+2024, "AnglE-optimized Text Embeddings": each embedding is a complex vector z (first half real, second half imaginary),
+and s = |sum of real and imaginary parts of (a_i / |a_i|) / (b_i / |b_i|)|, the quotient element by element and |.| the
+length of the whole vector. Pairs i, k run over the samples of all workers. With weights w the sum is n^2 times the mean
+weighted by w_i / sum w: weights count for the pair that should win.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CoSENTConfig(ScaledConfig):
 @OBJECTIVES.register(
     "cosent",
     "pairs with higher labels get higher cosines: a smooth maximum over all inversions",
-    paper="CoSENT: A more efficient sentence vector scheme than Sentence-BERT",
+    paper="CoSENT: Consistent Sentence Embedding via Similarity Ranking",
 )
 class CoSENT(ScaledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature, if it is trained."""

@@ -3,9 +3,9 @@
     forward   loss_i = -sum_j p_ij log softmax_j(l_ij),   p_ij = w_ij / sum_k w_ik,   w_ij = (1 + <t_i, t_j>) / 2
     backward  loss_i = -log softmax_i(l_ji)
 
-Srinivasa et al. 2023, "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", eq. 2 to 4. t are the
-embeddings of the pre-trained, locked modality: the first view itself, or the view that `teacher` names (embeddings of a
-frozen model that the batch holds). Weights are constant in the gradient.
+Srinivasa et al. 2023, "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss". t are the embeddings of
+the pre-trained, locked modality: the first view itself, or the view that `teacher` names (embeddings of a frozen model
+that the batch holds). Weights are constant in the gradient.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import Field
-from torch import Tensor
 
-from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, column_lse, row_lse, row_mean
+from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, row_lse, row_mean
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.graded.soft import log_of
 from cl.objectives.pairwise.directed import DirectedConfig, DirectedObjective
@@ -48,10 +47,7 @@ class CWCL(DirectedObjective):
     def tile(self, t: Tile) -> Reductions:
         logits = self.temperature() * t.scores
         affinity, some = log_of((1 + t.channels["teacher"].detach()).clamp_min(0))
-        found = {"lse": [row_lse(logits)], "pull": row_mean(affinity, logits, mask=some)}
-        if self.both:
-            found["lse"].append(column_lse(logits))
-        return found
+        return {"lse": self.each(row_lse, logits), "pull": row_mean(affinity, logits, mask=some)}
 
     def finish(self, s: Samples) -> list[Term]:
         first, second = list(s.views)[:2]

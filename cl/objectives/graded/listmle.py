@@ -2,10 +2,10 @@
 
     loss_i = sum_{r = 1..k} [ log sum_{j not among the first r - 1} exp l_ij - l_i,pi(r) ],   y_i,pi(1) >= y_i,pi(2) ...
 
-Xia et al. 2008, "Listwise Approach to Learning to Rank: Theory and Algorithm", section 5 (k = N), and Xia, Liu and Li
-2009, "Statistical Consistency of Top-k Ranking", eq. 6 (top k). y [B, N] is `pairs.targets[target]`, the relevance of
-every sample of the global batch to each of this worker's; candidates of equal relevance keep the batch's order. A row
-takes part with as many ranks as it has candidates; -inf ranks a candidate nowhere.
+Xia et al. 2008, "Listwise Approach to Learning to Rank: Theory and Algorithm" (k = N), and Xia, Liu and Li 2009,
+"Statistical Consistency of Top-k Ranking" (top k). y [B, N] is `pairs.targets[target]`, the relevance of every sample
+of the global batch to each of this worker's; candidates of equal relevance keep the batch's order. A row takes part
+with as many ranks as it has candidates; -inf ranks a candidate nowhere.
 """
 
 from __future__ import annotations

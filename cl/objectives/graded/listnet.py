@@ -2,9 +2,9 @@
 
     loss_i = -sum_j softmax_j(y_ij / target_temperature) log softmax_j(l_ij)
 
-Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach", eq. 3 and section 4 (top one
-probabilities). y [B, N] is `pairs.targets[target]`: the relevance of every sample of the global batch to each of this
-worker's; -inf gives a candidate no chance.
+Cao et al. 2007, "Learning to Rank: From Pairwise Approach to Listwise Approach" (top one probabilities). y [B, N] is
+`pairs.targets[target]`: the relevance of every sample of the global batch to each of this worker's; -inf gives a
+candidate no chance.
 """
 
 from __future__ import annotations

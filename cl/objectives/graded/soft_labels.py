@@ -3,8 +3,8 @@
     loss_i = -sum_j p_ij log softmax_j(l_ij),   p_ij = softmax_j(cos(y_i, y_j) / label_temperature)
 
 Burdisso et al. 2024, "Dialog2Flow: Pre-training Soft-Contrastive Action-Driven Sentence Embeddings for Automatic Dialog
-Flow Extraction", eq. 3 and 4: y is the embedding of a sample's textual label by a frozen sentence encoder, a label
-[B, K] of the batch. A small label temperature gives supervised contrast of equal labels.
+Flow Extraction": y is the embedding of a sample's textual label by a frozen sentence encoder, a label [B, K] of the
+batch. A small label temperature gives supervised contrast of equal labels.
 """
 
 from __future__ import annotations

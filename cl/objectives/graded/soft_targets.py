@@ -4,9 +4,9 @@
 
 T [B, N] is `pairs.targets[target]`: any similarity between samples that somebody has computed, not negative; the other
 direction takes its transpose. ConGraT (Brannon et al. 2023, "ConGraT: Self-Supervised Contrastive Pretraining for Joint
-Graph and Text Embeddings", eq. 3) blends a similarity of graph nodes with the identity; SPACE-2 (He et al. 2022,
-"SPACE-2: Tree-Structured Semi-Supervised Contrastive Pre-training for Task-Oriented Dialog Understanding", eq. 5)
-weighs all pairs by a similarity of semantic trees.
+Graph and Text Embeddings") blends a similarity of graph nodes with the identity; SPACE-2 (He et al. 2022, "SPACE-2:
+Tree-Structured Semi-Supervised Contrastive Pre-training for Task-Oriented Dialog Understanding") weighs all pairs by a
+similarity of semantic trees.
 """
 
 from __future__ import annotations

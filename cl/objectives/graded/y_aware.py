@@ -2,8 +2,8 @@
 
     loss_i = -sum_j p_ij log softmax_j(l_ij),   p_ij = w_ij / sum_k w_ik,   w_ij = exp(-|y_i - y_j|^2 / (2 sigma^2))
 
-Dufumier et al. 2021, "Contrastive Learning with Continuous Proxy Meta-Data for 3D MRI Classification", eq. 3. y is a
-label of numbers [B] or [B, K]; sigma to 0 gives InfoNCE (where no two labels are equal), to infinity alignment of all.
+Dufumier et al. 2021, "Contrastive Learning with Continuous Proxy Meta-Data for 3D MRI Classification". y is a label of
+numbers [B] or [B, K]; sigma to 0 gives InfoNCE (where no two labels are equal), to infinity alignment of all.
 `same_side` takes the candidates of both views, as the authors' code does.
 """
 

@@ -4,8 +4,8 @@
     loss_i = log sum_j exp d_ij - d_ii
 
 Wang et al. 2022, "Language Modeling via Stochastic Processes", eq. 1 to 3: s, x, e are the first three views (start,
-middle, end), t of T is the place of the middle among the steps from start to end, from a label [B, 2] of numbers with
-0 < t < T. Candidates j are the middles of all workers' samples.
+middle, end), t of T is the place of the middle among the steps from start to end, from a label [B, 2] of numbers with 0
+< t < T. Candidates j are the middles of all workers' samples.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     p+_ik  = softmax over the positives of  t_positive d_ik    (the more distant, the more it is attracted)
     p-_ij  = softmax over the negatives of -t_negative d_ij    (the closer, the more it is repelled)
 
-Zheng et al. 2023, "Contrastive Attraction and Contrastive Repulsion for Representation Learning", eq. 4 to 8. Positives
-are the sample's other views (and `extra` of role positive), negatives those views of other samples; with more than two
-views there are several positives. Each view is anchor once, and the loss is their mean. The weights carry gradients.
+Zheng et al. 2023, "Contrastive Attraction and Contrastive Repulsion for Representation Learning". Positives are the
+sample's other views (and `extra` of role positive), negatives those views of other samples; with more than two views
+there are several positives. Each view is anchor once, and the loss is their mean. The weights carry gradients.
 """
 
 from __future__ import annotations

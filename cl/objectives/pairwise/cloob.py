@@ -4,8 +4,8 @@
     loss_i = [ log sum_{j != i} e(U(x_i), U(y_j)) - l(U(x_i), U(y_i)) ]
            + [ log sum_{j != i} e(V(y_i), V(x_j)) - l(V(y_i), V(x_i)) ],   l(p, q) = <p, q> / tau, e = exp l
 
-Fuerst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP", eq. 6 to 9. tau is constant. The
-memory holds the views of all workers' samples; `times_temperature` multiplies the loss by tau, as the authors' code does.
+Fuerst et al. 2022, "CLOOB: Modern Hopfield Networks with InfoLOOB Outperform CLIP". tau is constant. The memory holds
+the views of all workers' samples; `times_temperature` multiplies the loss by tau, as the authors' code does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from cl.pairs import Pairs
 class CLOOBConfig(ScaledConfig):
     temperature: float = Field(1 / 30, gt=0, description="tau; scores are divided by it")
     learn_temperature: bool = Field(False, description="train the log of the inverse temperature")
-    beta: float = Field(8.0, ge=0, description="inverse temperature of the retrieval; large: the memory gives the query")
+    beta: float = Field(
+        8.0, ge=0, description="inverse temperature of the retrieval; large: the memory gives the query"
+    )
     times_temperature: bool = Field(False, description="multiply the loss by tau")
 
 

@@ -56,7 +56,9 @@ class CPC(ScaledObjective):
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         context, *futures = list(self.sources or pairs.views)
         if len(futures) != self.horizons:
-            raise DataError(f"The objective predicts {self.horizons} horizons, but the batch has {len(futures)} futures.")
+            raise DataError(
+                f"The objective predicts {self.horizons} horizons, but the batch has {len(futures)} futures."
+            )
         known = pairs.view(context).to(pairs.dtype).where(pairs.view_weights(context)[:, None] > 0, 0)
         views, present = {}, {}
         for future, predictor in zip(futures, self.predictors.to(known.dtype), strict=True):

@@ -3,9 +3,9 @@
     loss_i = sum over both views of (logsumexp over negatives of the anchor - w_i l_ii) / 2
     w_i    = 2 - exp(<a_i, b_i> / sigma) / mean_k exp(<a_k, b_k> / sigma)
 
-Yeh et al. 2022, "Decoupled Contrastive Learning", eq. 6 and section 3: the weight is a negative von Mises-Fisher
-function of the pair. Negatives are both views of all other samples; `same_side: false` leaves those of the anchor's own
-view out. The mean runs over all workers' samples. The weight is constant in the gradient unless `stop_weight: false`.
+Yeh et al. 2022, "Decoupled Contrastive Learning", eq. 6 and below: the weight is a negative von Mises-Fisher function
+of the pair. Negatives are both views of all other samples; `same_side: false` leaves those of the anchor's own view
+out. The mean runs over all workers' samples. The weight is constant in the gradient unless `stop_weight: false`.
 """
 
 from __future__ import annotations

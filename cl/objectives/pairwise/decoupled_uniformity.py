@@ -2,8 +2,8 @@
 
     loss = log mean_{i != j} exp(-t |m_i - m_j|^2),   m_i = mean of the views of sample i
 
-Dufumier et al. 2023, "Integrating Prior Knowledge in Contrastive Learning with Kernel", eq. 3 (t = 1). With a kernel of
-prior knowledge the centres are conditional mean embeddings, estimated over the global batch (eq. 6 and 7):
+Dufumier et al. 2023, "Integrating Prior Knowledge in Contrastive Learning with Kernel" (t = 1). With a kernel of prior
+knowledge the centres are conditional mean embeddings, estimated over the global batch:
 
     m_i = sum_k alpha_ki (mean of the views of k),   alpha = (K + n lambda I)^-1 K,   K_ik = exp(-|y_i - y_k|^2 / 2 s^2)
 

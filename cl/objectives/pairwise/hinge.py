@@ -3,9 +3,9 @@
     sum      loss_i = sum_{j != i} [margin - s_ii + s_ij]_+ + sum_{j != i} [margin - s_ii + s_ji]_+
     hardest  loss_i = max_{j != i} [margin - s_ii + s_ij]_+ + max_{j != i} [margin - s_ii + s_ji]_+
 
-Kiros, Salakhutdinov and Zemel 2014, "Unifying Visual-Semantic Embeddings with Multimodal Neural Language Models",
-eq. 7, and Faghri et al. 2018, "VSE++: Improving Visual-Semantic Embeddings with Hard Negatives", eq. 6. The sum over j
-is not averaged, the mean over i is; `negatives: mean` averages over j too, which makes batch sizes comparable.
+Kiros, Salakhutdinov and Zemel 2014, "Unifying Visual-Semantic Embeddings with Multimodal Neural Language Models", and
+Faghri et al. 2018, "VSE++: Improving Visual-Semantic Embeddings with Hard Negatives". The sum over j is not averaged,
+the mean over i is; `negatives: mean` averages over j too, which makes batch sizes comparable.
 """
 
 from __future__ import annotations

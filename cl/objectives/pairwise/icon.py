@@ -11,9 +11,9 @@
         gaussian     softmax_j(-|a_i - c_j|^2 / (2 tau))
         student-t    proportional to (1 + |a_i - c_j|^2 / (nu tau))^(-(nu + 1) / 2)
 
-Alshammari et al. 2025, "I-Con: A Unifying Framework for Representation Learning", eq. 1 and table 1. `uniform` is the
-paper's debiasing, a share of p that is even over the n_i candidates. Candidates are the other view of all workers'
-samples, with `same_side` the anchor's own view as well.
+Alshammari et al. 2025, "I-Con: A Unifying Framework for Representation Learning", eq. 1. `uniform` is the paper's
+debiasing, a share of p that is even over the n_i candidates. Candidates are the other view of all workers' samples,
+with `same_side` the anchor's own view as well.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     loss_i  = log sum_{c != a_i} K(a_i, c) - log K(a_i, b_i)
     K(x, y) = sum_m weight_m exp( -|x_m - y_m|^(2 power_m) / tau_m )
 
-Tan et al. 2024, "Contrastive Learning Is Spectral Clustering On Similarity Graph", section 5: power 1 is the Gaussian
-kernel, that of InfoNCE, 1/2 the Laplacian. `concatenate: false` (the paper's Simple Sum) takes all dimensions for every
-kernel; `concatenate: true` (Concatenation Sum) splits them evenly, one part x_m a kernel. Candidates c are both views of
-all other samples, and the positive, as in NT-Xent; `same_side: false` leaves those of the anchor's own view out.
+Tan et al. 2024, "Contrastive Learning Is Spectral Clustering On Similarity Graph": power 1 is the Gaussian kernel, that
+of InfoNCE, 1/2 the Laplacian. `concatenate: false` (the paper's Simple Sum) takes all dimensions for every kernel;
+`concatenate: true` (Concatenation Sum) splits them evenly, one part x_m a kernel. Candidates c are both views of all
+other samples, and the positive, as in NT-Xent; `same_side: false` leaves those of the anchor's own view out.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     tau    = tau_0 (1 + alpha (A - A_0)),   A = mean_i <a_i, b_i>, of the global batch, constant in the gradient
     loss_i = -sg[1 / (1 - P_i)] log P_i,    P_i = e(l_ii) / (e(l_ii) + sum over negatives of e(l_ij)),  l = <., .> / tau
 
-Huang et al. 2023, "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", eq. 9 to 12. With x_i = log of the
-sum over negatives - l_ii, -log P_i = softplus(x_i) and 1 - P_i = sigmoid(x_i), so the gradient of the loss is that of
-x_i: decoupled contrastive learning at the temperature tau. It is computed so, which keeps it finite at any temperature.
+Huang et al. 2023, "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas". With x_i = log of the sum over
+negatives - l_ii, -log P_i = softplus(x_i) and 1 - P_i = sigmoid(x_i), so the gradient of the loss is that of x_i:
+decoupled contrastive learning at the temperature tau. It is computed so, which keeps it finite at any temperature.
 Negatives are the other view of all other samples, and with `same_side` the anchor's own view too (SimCLR).
 """
 

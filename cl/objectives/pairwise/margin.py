@@ -2,18 +2,18 @@
 
     loss_i = -log e(m(s_ii)) / ( e(m(s_ii)) + sum_{j != i} e(s_ij) ),   e(x) = exp(x / tau),  s = <a, c> = cos(theta)
 
-    additive        m(s) = s - margin                        Yang et al. 2019, "Improving Multilingual Sentence Embedding
-                                                             using Bi-directional Dual Encoder with Additive Margin
-                                                             Softmax", eq. 5 and 6 (LaBSE)
-    angular         m(s) = cos(theta + margin)               Zhang et al. 2022, "A Contrastive Framework for Learning
-                                                             Sentence Representations from Pairwise and Triple-wise
-                                                             Perspective in Angular Space", eq. 4 (ArcCSE)
-    multiplicative  m(s) = (-1)^k cos(margin theta) - 2 k    Liu et al. 2017, "SphereFace: Deep Hypersphere Embedding for
-                    for theta in [k, k + 1] pi / margin      Face Recognition", eq. 7
+    additive        m(s) = s - margin
+    angular         m(s) = cos(theta + margin)
+    multiplicative  m(s) = (-1)^k cos(margin theta) - 2 k,  for theta in [k, k + 1] pi / margin
+
+Additive: Yang et al. 2019, "Improving Multilingual Sentence Embedding using Bi-directional Dual Encoder with Additive
+Margin Softmax" (LaBSE's loss). Angular: Zhang et al. 2022, "A Contrastive Framework for Learning Sentence
+Representations from Pairwise and Triple-wise Perspective in Angular Space" (ArcCSE). Multiplicative: Liu et al. 2017,
+"SphereFace: Deep Hypersphere Embedding for Face Recognition".
 
 Both directions or one. NT-Xent-AM and NT-Xent-AAM take the candidates of both views: Lepage and Dehak 2023,
-"Experimenting with Additive Margins for Contrastive Self-Supervised Speaker Verification", eq. 2 to 4. Where
-theta + margin passes pi, cos(theta + margin) would rise again; it goes on as s - margin sin(margin), as ArcFace has it.
+"Experimenting with Additive Margins for Contrastive Self-Supervised Speaker Verification". Where theta + margin passes
+pi, cos(theta + margin) would rise again; it goes on as s - margin sin(margin), as ArcFace has it.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     x'     = (x - c) / |x - c|
     loss_i = NT-Xent(a', b')_i + angular_weight (|a_i - c|^2 + |b_i - c|^2)
 
-Reiss and Hoshen 2023, "Mean-Shifted Contrastive Loss for Anomaly Detection", eq. 4 to 6. c is the mean of the training
-embeddings of the pre-trained model: here the running mean of the first `centre_steps` global batches (both views),
-constant from then on; `angular_weight` adds the pull to it (eq. 6, with c of length 1). The encoder starts from a
-checkpoint.
+Reiss and Hoshen 2023, "Mean-Shifted Contrastive Loss for Anomaly Detection". c is the mean of the training embeddings
+of the pre-trained model: here the running mean of the first `centre_steps` global batches (both views), constant from
+then on; `angular_weight` adds the pull to it (with c of length 1). The encoder starts from a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES, Outcome
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
-
 
 RAW = "raw "
 

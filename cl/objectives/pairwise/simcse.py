@@ -3,12 +3,12 @@
     loss_i = log sum_j [ e(a_i, c_j) + alpha^[i = j] e(a_i, n_j) ] - l_ii,   e(x, y) = exp(<x, y> / tau)
 
 Gao et al. 2021, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", eq. 1 (no mined negatives n: the second
-view is the same sentence under other dropout), 5 and 8 (alpha on the contradiction of the anchor's own premise).
+view is the same sentence under other dropout) and 5 (n are contradictions), with the appendix's weight alpha.
 
-PromCSE adds  weight max(0, margin - <a_i, c_i> + max of <a_i, .> over all other candidates and mined negatives).
+PromCSE adds weight max(0, margin - <a_i, c_i> + max of <a_i, .> over all other candidates and mined negatives).
 
 Jiang, Zhang and Wang 2022, "Improved Universal Sentence Embeddings with Prompt-based Contrastive Learning and
-Energy-based Learning", eq. 6, with the negative cosine for the energy. The prompt is the encoder's business.
+Energy-based Learning", with the negative cosine for the energy. The prompt is the encoder's business.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     loss_i = -2 mu <a_i, b_i> + mu^2 mean_{j != i} <a_i, b_j>^2
 
-HaoChen et al. 2021, "Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss", eq. 6. The
-paper's embeddings lie in a ball of radius sqrt(mu); Clew's have length 1, and mu scales their products. The second term
-is a mean over the samples of all workers; both directions share it.
+HaoChen et al. 2021, "Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss". The paper's
+embeddings lie in a ball of radius sqrt(mu); Clew's have length 1, and mu scales their products. The second term is a
+mean over the samples of all workers; both directions share it.
 """
 
 from __future__ import annotations

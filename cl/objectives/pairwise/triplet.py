@@ -2,10 +2,13 @@
 
     loss_i = [ margin + d(a_i, b_i) - d(a_i, b_j) ]_+    with [x]_+ = max(0, x), or softplus(x) for `soft`
 
-    all        the mean over the triplets that cost anything       Hermans, Beyer and Leibe 2017, "In Defense of the
-    hard       j: the closest negative                             Triplet Loss for Person Re-Identification", eq. 5 to 8
-    semi-hard  j: the closest negative beyond the own pair, or     Schroff, Kalenichenko and Philbin 2015, "FaceNet: A
-               the most distant one where there is none            Unified Embedding for Face Recognition", section 3.2
+    all        the mean over the triplets that cost anything
+    hard       j: the closest negative
+    semi-hard  j: the closest negative beyond the own pair, or the most distant one where there is none
+
+Hermans, Beyer and Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" (batch all, batch hard,
+soft margin); Schroff, Kalenichenko and Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and
+Clustering", section 3.2 (semi-hard).
 
 d is the Euclidean distance, its square, or 1 - cosine. Negatives are the samples of all workers, and with `extra` the
 mined ones. `all` is a mean over the triplets of the global batch (with `soft` every triplet costs something); the
@@ -35,6 +38,7 @@ class TripletConfig(TiledConfig):
     margin: float = Field(0.3, ge=0, description="by how much the own pair must be closer")
     soft: bool = Field(False, description="softplus instead of the hinge")
     direction: Literal["both", "forward"] = Field("both", description="forward: first view against second alone")
+    same_side: bool = Field(False, description="other samples of the anchor's own view are negatives too")
 
 
 @OBJECTIVES.register(
@@ -55,6 +59,11 @@ class Triplet(TiledObjective):
     def anchors(self, names: Sequence[str]) -> list[str]:
         """The views whose samples are anchors."""
         return list(names)[: 2 if self.both else 1]
+
+    def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
+        first, second = views[:2]
+        sides = [(view, view) for view in self.anchors(views)] if self.config.same_side else []
+        return [(first, second), *sides, *((first, name) for name in self.extra)]
 
     def hinge(self, value: Tensor) -> Tensor:
         """[x]_+"""
@@ -83,7 +92,7 @@ class Triplet(TiledObjective):
     def tile(self, t: Tile) -> Reductions:
         distance = self.distances(t)
         found = self.along(t.row("own"), distance, "row")
-        if not self.both or t.column_view in self.extra:
+        if not self.both or t.row_view == t.column_view or t.column_view in self.extra:
             return found
         columns = self.along(t.column("own"), distance, "column")
         return {name: [reduction, columns[name]] for name, reduction in found.items()}
@@ -98,7 +107,9 @@ class Triplet(TiledObjective):
         cost = self.config.margin + own - distance
         return {
             "cost": total(self.hinge(cost), over="negatives"),
-            "count": total((cost > 0).to(cost.dtype) if not self.config.soft else torch.ones_like(cost), over="negatives"),
+            "count": total(
+                (cost > 0).to(cost.dtype) if not self.config.soft else torch.ones_like(cost), over="negatives"
+            ),
         }
 
     def finish(self, s: Samples) -> list[Term]:

@@ -19,7 +19,7 @@ Settings = Mapping[str, Any]
 
 
 def soft(batch: Batch, logits: list[Tensor], weights: list[Tensor], settings: Settings) -> Tensor:
-    """Cross-entropy of weights w and logits l, each [N, M] for the anchors of one view; own pairs stand first [N, N]."""
+    """Cross-entropy of weights and logits, each [N, M] for the anchors of one view; own pairs stand first."""
     total = torch.zeros((), dtype=torch.float64)
     for score, weight in zip(logits, weights, strict=True):
         counts = score > -torch.inf
@@ -37,7 +37,7 @@ def soft(batch: Batch, logits: list[Tensor], weights: list[Tensor], settings: Se
 
 
 def two_sided(batch: Batch, affinity: Tensor, parameters: Parameters, settings: Settings) -> Tensor:
-    """`soft` with one affinity [N, N] for both directions, cosines for logits, and both sides if the settings say so."""
+    """`soft` with one affinity [N, N] for both directions and cosines for logits."""
     scale = scale_of(parameters, settings)
     return soft_of(batch, lambda x, y: scale * x @ y.T, [affinity, affinity.T], settings)
 
@@ -61,32 +61,32 @@ def soft_of(
 
 
 def soft_targets(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Brannon et al. 2023, eq. 3: targets (1 - own) T / sum T + own I."""
+    """Brannon et al. 2023: targets (1 - own) T / sum T + own I."""
     return two_sided(batch, batch.targets["soft"], parameters, settings)
 
 
 def soft_labels(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Burdisso et al. 2024, eq. 3 and 4."""
+    """Burdisso et al. 2024."""
     label = normalize(batch.labels["vector"], dim=1)
     return two_sided(batch, (label @ label.T / settings.get("label_temperature", 0.35)).exp(), parameters, settings)
 
 
 def y_aware(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Dufumier et al. 2021, eq. 3."""
+    """Dufumier et al. 2021."""
     label = batch.labels[settings.get("label", "score")].view(len(batch), -1)
     affinity = (-squared(label, label) / (2 * settings.get("sigma", 1.0) ** 2)).exp()
     return two_sided(batch, affinity, parameters, settings)
 
 
 def listnet(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Cao et al. 2007, section 4."""
+    """Cao et al. 2007."""
     return two_sided(
         batch, (batch.targets["soft"] / settings.get("target_temperature", 1.0)).exp(), parameters, settings
     )
 
 
 def cwcl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Srinivasa et al. 2023, eq. 2 to 4: weighted one way, plain the other way."""
+    """Srinivasa et al. 2023: weighted one way, plain the other way."""
     first, second = list(batch.views.values())[:2]
     teacher = batch.views[settings["teacher"]] if "teacher" in settings else first.detach()
     logits = (scale_of(parameters, settings) * first @ second.T).masked_fill(batch.excluded, -torch.inf)
@@ -123,7 +123,7 @@ def listmle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     values = torch.zeros(len(batch), dtype=torch.float64)
     for i in range(len(batch)):
         listed = [j for j in range(len(batch)) if not batch.excluded[i, j]]
-        listed.sort(key=lambda j: -float(batch.targets["soft"][i, j]))  # noqa: B023 - stable: ties keep their order
+        listed.sort(key=lambda j: -float(batch.targets["soft"][i, j]))  # stable: ties keep their order
         for place in range(min(settings.get("k", 5), len(listed))):
             values[i] = values[i] - logits[i, listed[place:]].log_softmax(0)[0]
     return batch.mean(values)
@@ -139,7 +139,9 @@ def ascl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     chance = pseudo.masked_fill(~some, 0).softmax(1) * negative
     entropy = -(chance * chance.where(chance > 0, 1).log()).sum(1, keepdim=True)
     confidence = 1 - entropy / negative.double().sum(1, keepdim=True).clamp_min(2).log()
-    weight = (settings.get("neighbours", 1.0) * confidence * chance).clamp(0, 1) + torch.eye(len(batch), dtype=torch.float64)
+    weight = (settings.get("neighbours", 1.0) * confidence * chance).clamp(0, 1) + torch.eye(
+        len(batch), dtype=torch.float64
+    )
     logits = (scale_of(parameters, settings, 0.1) * first @ second.T).masked_fill(batch.excluded, -torch.inf)
     log_p = logits.log_softmax(1).masked_fill(batch.excluded, 0)
     return batch.mean(-(weight * log_p).sum(1) / weight.sum(1))
@@ -189,13 +191,13 @@ def inversions(batch: Batch, score: Tensor, scale: Tensor) -> Tensor:
 
 
 def cosent(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Su 2022."""
+    """Huang et al. 2024."""
     first, second = batch.views.values()
     return inversions(batch, (first * second).sum(1), scale_of(parameters, settings, 0.05))
 
 
 def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Li and Li 2024, eq. 6 to 9, with torch's own complex numbers."""
+    """Li and Li 2024, with torch's own complex numbers."""
     z, w = (torch.complex(*view.chunk(2, 1)) for view in batch.views.values())
     quotient = z / z.abs().square().sum(1, keepdim=True).sqrt() / (w / w.abs().square().sum(1, keepdim=True).sqrt())
     return inversions(batch, (quotient.real + quotient.imag).sum(1).abs(), scale_of(parameters, settings, 0.05))
@@ -203,7 +205,8 @@ def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Reimers and Gurevych 2019, section 3; with a learnt line, Barkan et al. 2020."""
-    score = torch.nn.functional.cosine_similarity(*batch.views.values())
+    first, second = batch.views.values()
+    score = torch.nn.functional.cosine_similarity(first, second)
     if settings.get("affine"):
         score = parameters["factor"] * score + parameters["offset"]
     miss = (score - batch.labels["score"]).abs()
@@ -212,7 +215,7 @@ def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -
 
 
 def icon(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Alshammari et al. 2025, table 1: the cross-entropy of p and q."""
+    """Alshammari et al. 2025: the cross-entropy of p and q."""
     scale, q, nu = scale_of(parameters, settings), settings.get("q", "cosine"), settings.get("degrees", 1.0)
 
     def score(x: Tensor, y: Tensor) -> Tensor:
@@ -255,7 +258,9 @@ REFERENCES: dict[str, Reference] = {
     "listmle": Reference(listmle, [{"k": 3}, {"k": 12}]),
     "cwcl": Reference(cwcl, [{"teacher": "a_teacher"}, {}, {"direction": "forward"}], views=TEACHERS),
     "gcl": Reference(gcl, [{}, {"label": "class", "weight": "inverse-log"}, {"normalise": True}]),
-    "ascl": Reference(ascl, [{}, {"neighbours": 5.0, "teacher_temperature": 0.3, "teacher": "b_teacher"}], views=TEACHERS),
+    "ascl": Reference(
+        ascl, [{}, {"neighbours": 5.0, "teacher_temperature": 0.3, "teacher": "b_teacher"}], views=TEACHERS
+    ),
     "groco": Reference(
         groco,
         [{"negatives": 3}, {"negatives": 2, "steepness": 8.0, "stop_candidates": False}],

@@ -22,7 +22,7 @@ def squared(first: Tensor, second: Tensor) -> Tensor:
 
 
 def kernel_infonce(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Tan et al. 2024, section 5, on both views' embeddings: -log K(own) / sum of K over all but the anchor."""
+    """Tan et al. 2024, on both views' embeddings: -log K(own) / sum of K over all but the anchor."""
     kernels = settings.get("kernels", [{"power": 1.0}, {"power": 0.5}])
     both = torch.cat(list(batch.views.values()))
     parts = both.chunk(len(kernels), 1) if settings.get("concatenate") else [both] * len(kernels)
@@ -43,7 +43,7 @@ def kernel_infonce(batch: Batch, parameters: Parameters, settings: Settings) -> 
 
 
 def cacr(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Zheng et al. 2023, eq. 4 to 8: expected costs under the two conditional distributions, each view an anchor."""
+    """Zheng et al. 2023: expected costs under the two conditional distributions, each view an anchor."""
     total = torch.zeros((), dtype=torch.float64)
     names = list(batch.views)
     for name in names:
@@ -67,7 +67,7 @@ def cacr(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def macl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Huang et al. 2023, eq. 9 to 12, with the weight 1 / (1 - P) as a constant."""
+    """Huang et al. 2023, with the weight 1 / (1 - P) as a constant."""
     views = list(batch.views.values())
     own = (views[0] * views[1]).sum(1)
     alignment = batch.mean(own.detach())
@@ -89,7 +89,7 @@ def macl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def cloob(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Fuerst et al. 2022, eq. 6 to 9: retrieve from each modality's memory, then InfoLOOB."""
+    """Fuerst et al. 2022: retrieve from each modality's memory, then InfoLOOB."""
     alive = batch.weight > 0
     x, y = batch.views.values()
     beta, scale = settings.get("beta", 8.0), scale_of(parameters, settings, 1 / 30)
@@ -115,7 +115,7 @@ def potential(batch: Batch, view: Tensor, t: float) -> Tensor:
 
 
 def alignment_uniformity(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Wang and Isola 2020, section 4."""
+    """Wang and Isola 2020."""
     x, y = batch.views.values()
     align = batch.mean((x - y).norm(dim=1) ** settings.get("alpha", 2.0))
     t = settings.get("t", 2.0)
@@ -124,7 +124,7 @@ def alignment_uniformity(batch: Batch, parameters: Parameters, settings: Setting
 
 
 def decoupled_uniformity(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Dufumier et al. 2023, eq. 3, 6 and 7."""
+    """Dufumier et al. 2023."""
     centre = torch.stack(list(batch.views.values())).mean(0)
     if "label" in settings:
         alive = batch.weight > 0
@@ -139,7 +139,7 @@ def decoupled_uniformity(batch: Batch, parameters: Parameters, settings: Setting
 
 
 def spectral(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """HaoChen et al. 2021, eq. 6, with embeddings of length sqrt(mu)."""
+    """HaoChen et al. 2021, with embeddings of length sqrt(mu)."""
     x, y = (view * settings.get("mu", 1.0) ** 0.5 for view in batch.views.values())
     scores = x @ y.T
     counts = ~batch.not_negative

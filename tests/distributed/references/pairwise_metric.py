@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,24 +20,27 @@ Settings = Mapping[str, Any]
 
 
 def triplet(batch: Batch, parameters: Parameters, settings: Settings, mining: str, kind: str, margin: float) -> Tensor:
-    """Hermans et al. 2017, eq. 5 to 8, and Schroff et al. 2015, section 3.2, anchor by anchor."""
+    """Hermans et al. 2017, and Schroff et al. 2015, anchor by anchor."""
     kind, margin = settings.get("distance", kind), settings.get("margin", margin)
 
     def measure(first: Tensor, second: Tensor) -> Tensor:
         if kind == "cosine":
             return 1 - first @ second.T
         distance = squared(first, second)
-        return distance if kind == "squared" else distance.sqrt()
+        return distance if kind == "squared" else distance.where(distance > 0, 1).sqrt()  # 0: an anchor and itself
 
     def hinge(cost: Tensor) -> Tensor:
         return (1 + cost.exp()).log() if settings.get("soft") else cost.clamp_min(0)
 
     views = list(batch.views.values())
     pairs = [views, views[::-1]] if settings.get("direction", "both") == "both" else [views]
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
     for number, (anchor, other) in enumerate(pairs):
         distance, counts = measure(anchor, other), ~batch.not_negative
         own = distance.diagonal()
+        if settings.get("same_side"):
+            distance = torch.cat([distance, measure(anchor, anchor)], 1)
+            counts = torch.cat([counts, counts], 1)
         if "extra" in settings and number == 0:
             distance = torch.cat([distance, measure(anchor, batch.extra["negatives"].embeddings)], 1)
             counts = torch.cat([counts, mined(batch, anchor)[1]], 1)
@@ -49,23 +53,21 @@ def triplet(batch: Batch, parameters: Parameters, settings: Settings, mining: st
             if mining == "all":
                 cost = margin + own[i] - negatives
                 values[i] = hinge(cost).sum()
-                count = count + batch.weight[i] * (len(cost) if settings.get("soft") else (cost > 0).sum())
+                count += float(batch.weight[i]) * (len(cost) if settings.get("soft") else int((cost > 0).sum()))
                 continue
             beyond = negatives[negatives > own[i]]
-            if mining == "hard":
-                chosen = negatives.min()
-            else:
-                chosen = beyond.min() if len(beyond) else negatives.max()
+            farther = beyond.min() if len(beyond) else negatives.max()
+            chosen = negatives.min() if mining == "hard" else farther
             values[i] = hinge(margin + own[i] - chosen)
         if mining == "all":
             total = total + (batch.weight * values).sum()
         else:
             total = total + batch.mean(values, valid) / len(pairs)
-    return total / max(float(count), 1e-30) if mining == "all" else total
+    return total / max(count, 1e-30) if mining == "all" else total
 
 
 def hinge_ranking(batch: Batch, parameters: Parameters, settings: Settings, negatives: str) -> Tensor:
-    """Kiros et al. 2014, eq. 7 (sum), and Faghri et al. 2018, eq. 6 (max)."""
+    """Kiros et al. 2014 (sum), and Faghri et al. 2018 (max)."""
     x, y = batch.views.values()
     scores = x @ y.T
     own, margin = scores.diagonal(), settings.get("margin", 0.2)
@@ -83,7 +85,7 @@ def hinge_ranking(batch: Batch, parameters: Parameters, settings: Settings, nega
 
 
 def cpc(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """van den Oord et al. 2018, eq. 3 and 4: cross-entropy of z_k^T W_k c for each horizon."""
+    """van den Oord et al. 2018: cross-entropy of z_k^T W_k c for each horizon."""
     names = list(batch.views)
     scale = scale_of(parameters, settings)
     total = torch.zeros((), dtype=torch.float64)
@@ -99,7 +101,7 @@ def cpc(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def brownian_bridge(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Wang et al. 2022, eq. 1 to 3."""
+    """Wang et al. 2022."""
     start, middle, end = batch.views.values()
     t, last = batch.labels["time"].double()[:, None].unbind(2)
     bridge = (1 - t / last) * start + t / last * end
@@ -108,7 +110,7 @@ def brownian_bridge(batch: Batch, parameters: Parameters, settings: Settings) ->
 
 
 def mean_shifted(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Reiss and Hoshen 2023, eq. 4 to 6, around the mean of the first batches."""
+    """Reiss and Hoshen 2023, around the mean of the first batches."""
     x, y = batch.views.values()
     memory = batch.memory.setdefault("state", {"centre": torch.zeros(x.shape[1]).double(), "seen": torch.tensor(0)})
     if memory["seen"] < settings.get("centre_steps", 100) and (batch.weight > 0).any():
@@ -129,24 +131,26 @@ def mean_shifted(batch: Batch, parameters: Parameters, settings: Settings) -> Te
 MINED = {"extra": ["negatives"]}
 REFERENCES: dict[str, Reference] = {
     "triplet": Reference(
-        lambda *a: triplet(*a, "hard", "euclidean", 0.3),
+        partial(triplet, mining="hard", kind="euclidean", margin=0.3),
         [{}, {**MINED, "soft": True, "distance": "cosine"}, {"direction": "forward", "distance": "squared"}],
         extra=("negatives",),
     ),
     "triplet-semi-hard": Reference(
-        lambda *a: triplet(*a, "semi-hard", "squared", 0.2),
-        [{}, {**MINED, "distance": "euclidean", "margin": 1.0}],
+        partial(triplet, mining="semi-hard", kind="squared", margin=0.2),
+        [{}, {**MINED, "distance": "euclidean", "margin": 1.0, "same_side": True}],
         extra=("negatives",),
     ),
     "triplet-all": Reference(
-        lambda *a: triplet(*a, "all", "euclidean", 0.3),
-        [{}, {**MINED, "margin": 0.1}, {"soft": True, "direction": "forward"}],
+        partial(triplet, mining="all", kind="euclidean", margin=0.3),
+        [{}, {**MINED, "margin": 0.1}, {"soft": True, "direction": "forward", "same_side": True}],
         extra=("negatives",),
     ),
     "hinge": Reference(
-        lambda *a: hinge_ranking(*a, "sum"), [{}, {**MINED, "negatives": "mean", "margin": 0.5}], extra=("negatives",)
+        partial(hinge_ranking, negatives="sum"),
+        [{}, {**MINED, "negatives": "mean", "margin": 0.5}],
+        extra=("negatives",),
     ),
-    "vse++": Reference(lambda *a: hinge_ranking(*a, "hardest"), [{}, MINED], extra=("negatives",)),
+    "vse++": Reference(partial(hinge_ranking, negatives="hardest"), [{}, MINED], extra=("negatives",)),
     "cpc": Reference(cpc, [{"horizons": 2}], views=("a", "b", "c"), missing=True),
     "brownian-bridge": Reference(brownian_bridge, views=("a", "b", "c")),
     "mean-shifted": Reference(mean_shifted, [{}, {"angular_weight": 0.5, "centre_steps": 2}]),

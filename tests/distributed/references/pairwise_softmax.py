@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def mined(batch: Batch, anchors: Tensor, name: str = "negatives") -> tuple[Tenso
 
 
 def gte(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Li et al. 2023, eq. 2 and 3: four sums in one logarithm."""
+    """Li et al. 2023: four sums in one logarithm."""
     first, second = batch.views.values()
     scale = scale_of(parameters, settings)
     across = scale * first @ second.T
@@ -48,7 +49,7 @@ def gte(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def simcse(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Gao et al. 2021, eq. 5 and 8: in-batch positives and mined negatives, the own ones with a weight."""
+    """Gao et al. 2021: in-batch positives and mined negatives, the own ones with a weight."""
     first, second = batch.views.values()
     scale = scale_of(parameters, settings)
     across = first @ second.T
@@ -62,7 +63,7 @@ def simcse(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def promcse(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Jiang et al. 2022, eq. 6: SimCSE and max(0, m - s(own) + max over the others)."""
+    """Jiang et al. 2022: SimCSE and max(0, m - s(own) + max over the others)."""
     first, second = batch.views.values()
     across = first @ second.T
     others = [across.masked_fill(batch.not_negative, -torch.inf)]
@@ -76,7 +77,7 @@ def promcse(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def dclw(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Yeh et al. 2022, eq. 6: -w <z1, z2> / tau + log of the sum over negatives of both views, for each view."""
+    """Yeh et al. 2022: -w <z1, z2> / tau + log of the sum over negatives of both views, for each view."""
     views = list(batch.views.values())
     scale, sigma = scale_of(parameters, settings), settings.get("sigma", 0.5)
     own = (views[0] * views[1]).sum(1)
@@ -146,13 +147,15 @@ REFERENCES: dict[str, Reference] = {
     "promcse": Reference(promcse, [{}, {**NEGATIVES, "margin": 0.7}], extra=("negatives",)),
     "dclw": Reference(dclw, [{}, {"stop_weight": False}, {"same_side": False, "sigma": 0.2}]),
     "additive-margin": Reference(
-        lambda *a: margin(*a, "additive", 0.3, False), [{}, {"direction": "forward", "margin": 0.1}]
+        partial(margin, kind="additive", size=0.3, both=False), [{}, {"direction": "forward", "margin": 0.1}]
     ),
-    "angular-margin": Reference(lambda *a: margin(*a, "angular", math.radians(10), False), [{}, {"margin": 1.2}]),
+    "angular-margin": Reference(
+        partial(margin, kind="angular", size=math.radians(10), both=False), [{}, {"margin": 1.2}]
+    ),
     "multiplicative-margin": Reference(
-        lambda *a: margin(*a, "multiplicative", 2.0, False), [{}, {"margin": 3.5, "same_side": True}]
+        partial(margin, kind="multiplicative", size=2.0, both=False), [{}, {"margin": 3.5, "same_side": True}]
     ),
-    "ntxent-am": Reference(lambda *a: margin(*a, "additive", 0.1, True), [{}, {"kind": "angular"}]),
+    "ntxent-am": Reference(partial(margin, kind="additive", size=0.1, both=True), [{}, {"kind": "angular"}]),
     "adaptive-margin": Reference(
         adaptive_margin,
         [{}, {**NEGATIVES, "stop_target": True}, {"error": "l1", "target": "distance"}, {"error": "soft"}],

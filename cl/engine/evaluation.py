@@ -13,7 +13,7 @@ from cl.engine.collectives import Layout, Workers
 from cl.engine.reduction import Reduction, Reductions
 from cl.engine.rule import Comparison, Rule, Samples, Term, Tiler
 from cl.engine.side import Columns
-from cl.engine.statistics import Finished, Key, Part, Running
+from cl.engine.statistics import COLUMN_PART, Finished, Key, Part, Running, places_of
 from cl.engine.sweep import Block, ColumnExchange, Exchange, Tiling, accumulation_type, product
 from cl.engine.tile import Tile
 from cl.pairs import Clock
@@ -56,9 +56,11 @@ class Evaluation:
         return [Comparison(*each) for each in self.rule.comparisons(list(self.columns))]
 
     def offsets(self, axis: Literal["row", "column"]) -> dict[str, int]:
-        """The number of the first column (row) of each view in the indices of a top-k, which may span several views."""
+        """The number of the first column (row) of each view in the positions of a top-k, which may span several views;
+        a view that has both row and column parts tells them apart by their numbers.
+        """
         offsets: dict[str, int] = {}
-        total = 0
+        total = 0 if axis == "row" else COLUMN_PART
         for comparison in self.comparisons():
             view = comparison.columns if axis == "row" else comparison.rows
             if view not in offsets:
@@ -186,7 +188,7 @@ class Evaluation:
                 part: Part = getattr(done, which)
                 values[name] = _without_masked(part.value[at].detach(), weight[at])
                 if part.position is not None:
-                    values[f"{name}.index"] = part.position[at]
+                    values[f"{name}.index"] = places_of(part.position[at])
         return values
 
     def local(self, finished: Mapping[Key, Finished]) -> dict[Key, Tensor]:
@@ -204,7 +206,7 @@ class Evaluation:
         finished: Mapping[Key, Finished],
     ) -> Samples:
         indices = {
-            (f"{name}.index", view): done.local.position
+            (f"{name}.index", view): places_of(done.local.position)
             for (name, view), done in finished.items()
             if done.local.position is not None
         }

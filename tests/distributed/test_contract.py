@@ -281,6 +281,27 @@ class Tops(_Rule):
         return w.mean((hard**2).sum(1) + (anchors**3).sum(1) + (places + 2 * others).double())
 
 
+class BothWays(_Rule):
+    """The two hardest of each sample of b, among the rows of a and the columns of b: the same places, two views."""
+
+    def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
+        return [("a", "b"), ("b", "b")]
+
+    def tile(self, t: Tile) -> Reductions:
+        top = row_top if t.row_view == "b" else column_top
+        return {"hard": top(self.scale * t.scores, k=2)}
+
+    def finish(self, s: Samples) -> Tensor:
+        hard = s["hard", "b"]
+        return (hard.where(hard.isfinite(), 0) ** 2).sum(1)
+
+    def dense(self, w: Whole) -> Tensor:
+        out = w.excluded | w.own
+        both = torch.cat([self.scale * w.b @ w.b.T, self.scale * w.b @ w.a.T], 1)
+        hard = both.masked_fill(torch.cat([out, out], 1), -torch.inf).topk(2, 1).values
+        return w.mean((hard.where(hard.isfinite(), 0) ** 2).sum(1))
+
+
 class Chance(_Rule):
     """Entries that a coin drops; the same coins in recomputation and on any number of workers. And targets."""
 
@@ -334,7 +355,9 @@ class Partial(_Rule):
         return w.mean(both, w.present_b) + 2 * w.mean(always)
 
 
-RULES: dict[str, type[_Rule]] = {rule.__name__: rule for rule in (Mined, Dual, Distil, Late, Tops, Chance, Partial)}
+RULES: dict[str, type[_Rule]] = {
+    rule.__name__: rule for rule in (Mined, Dual, Distil, Late, Tops, BothWays, Chance, Partial)
+}
 LEAVES = ("a", "b", "tokens_a", "tokens_b", "mined", "prototypes")
 
 

@@ -2,11 +2,10 @@
 
     loss = log( 1 + sum over i, k with y_i > y_k of exp((s_k - s_i) / tau) ),   s_i = score of the pair (a_i, b_i)
 
-CoSENT: Huang et al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking", s the cosine. AnglE: Li and Li
-2024, "AnglE-optimized Text Embeddings": each embedding is a complex vector z (first half real, second half imaginary),
-and s = |sum of real and imaginary parts of (a_i / |a_i|) / (b_i / |b_i|)|, the quotient element by element and |.| the
-length of the whole vector. Pairs i, k run over the samples of all workers. With weights w the sum is n^2 times the mean
-weighted by w_i / sum w: weights count for the pair that should win.
+CoSENT: Huang et al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking", s the cosine. AnglE: Li and
+Li 2024, "AnglE-optimized Text Embeddings": each embedding is a complex vector (first half real, second half imaginary),
+and s = |Re q + Im q| of q = <a_i, b_i> / (|a_i| |b_i|), as in the authors' code. Pairs i, k run over the samples of all
+workers. With weights w the term of i is multiplied by w_i / mean w: weights count for the pair that should win.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from dataclasses import replace
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse, row_sum
@@ -95,12 +95,6 @@ class AnglE(CoSENT):
     """See the module's formula. Parameters: the log of the inverse temperature, if it is trained."""
 
     def score(self, first: Tensor, second: Tensor) -> Tensor:
-        a, b = first.chunk(2, dim=1)
-        c, d = second.chunk(2, dim=1)
-        square = c.square() + d.square()
-        # An element (c, d) of length 0 has no quotient; it counts nothing.
-        some = square > torch.finfo(square.dtype).tiny
-        square = square.where(some, 1)
-        real, imaginary = (a * c + b * d) / square, (b * c - a * d) / square
-        lengths = second.square().sum(1) / first.square().sum(1).clamp_min(torch.finfo(square.dtype).tiny)
-        return ((real + imaginary).where(some, 0).sum(1) * lengths.sqrt()).abs()
+        even = [pad(x, (0, x.shape[1] % 2)).chunk(2, dim=1) for x in (first, second)]
+        (a, b), (c, d) = even
+        return ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()

@@ -68,7 +68,7 @@ class CLOOB(ScaledObjective):
     def retrieve(self, queries: Tensor, memory: Tensor) -> Tensor:
         """[B, D]: what the memory [N, D] gives for each query [B, D]."""
         if not len(queries) or not len(memory):
-            return queries
+            return queries + 0 * memory.sum(0)  # the backward of the gathering is a collective that all must join
         q, kv = queries[None, None], memory[None, None]
         return normalize(scaled_dot_product_attention(q, kv, kv, scale=self.config.beta)[0, 0], dim=1)
 

@@ -197,10 +197,10 @@ def cosent(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Li and Li 2024, with torch's own complex numbers."""
+    """Li and Li 2024, on torch's own complex numbers."""
     z, w = (torch.complex(*view.chunk(2, 1)) for view in batch.views.values())
-    quotient = z / z.abs().square().sum(1, keepdim=True).sqrt() / (w / w.abs().square().sum(1, keepdim=True).sqrt())
-    return inversions(batch, (quotient.real + quotient.imag).sum(1).abs(), scale_of(parameters, settings, 0.05))
+    quotient = (z * w.conj()).sum(1) / (z.norm(dim=1) * w.norm(dim=1))
+    return inversions(batch, (quotient.real + quotient.imag).abs(), scale_of(parameters, settings, 0.05))
 
 
 def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:

@@ -1,33 +1,32 @@
 """CoSENT and AnglE: of two scored pairs, the one with the higher label shall have the higher score.
 
-    loss = log( 1 + sum over i, k with y_i > y_k of exp((s_k - s_i) / tau) ),   s_i = score of the pair (a_i, b_i)
+    loss = log( 1 + sum over i, k with y_i > y_k of v_i exp((s_k - s_i) / tau) ),   s_i = score of the pair (a_i, b_i)
 
 CoSENT: Huang et al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking", s the cosine. AnglE: Li and
 Li 2024, "AnglE-optimized Text Embeddings": each embedding is a complex vector (first half real, second half imaginary),
 and s = |Re q + Im q| of q = <a_i, b_i> / (|a_i| |b_i|), as in the authors' code. Pairs i, k run over the samples of all
-workers. With weights w the term of i is multiplied by w_i / mean w: weights count for the pair that should win.
+workers; v_i is the sample's weight over the mean weight. Scores are one number a sample: all are gathered and sorted by
+label, and a running sum over those with lower labels takes the place of comparing all with all.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cl.engine.collectives import Workers
-from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse, row_sum
-from cl.objectives.base import OBJECTIVES, Outcome
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.engine.collectives import Workers, gather_rows
+from cl.engine.moments import replicated
+from cl.objectives.base import OBJECTIVES, Objective, Outcome
+from cl.objectives.temperature import Temperature, TemperatureConfig
 from cl.pairs import Pairs
 
 
-class CoSENTConfig(ScaledConfig):
+class CoSENTConfig(TemperatureConfig):
     temperature: float = Field(0.05, gt=0, description="differences of scores are divided by it")
     learn_temperature: bool = Field(False, description="train the log of the inverse temperature")
+    views: list[str] | None = Field(None, description="the two sides of a pair; default: the batch's first two views")
     label: str = Field("score", description="label [B]: how alike the two sides of each pair are")
 
 
@@ -36,54 +35,46 @@ class CoSENTConfig(ScaledConfig):
     "pairs with higher labels get higher cosines: a smooth maximum over all inversions",
     paper="CoSENT: Consistent Sentence Embedding via Similarity Ranking",
 )
-class CoSENT(ScaledObjective):
+class CoSENT(Objective):
     """See the module's formula. Parameters: the log of the inverse temperature, if it is trained."""
 
     Config = CoSENTConfig
     needs = ("numbers as labels",)
 
     def __init__(self, config: CoSENTConfig) -> None:
-        super().__init__(config)
-        self.label = config.label
-        self.sources, self.view_names = config.views, None  # tiles compare scores
+        super().__init__()
+        self.views, self.label = config.views, config.label
+        self.temperature = Temperature(config)
 
     def score(self, first: Tensor, second: Tensor) -> Tensor:
         """[B]: s of pairs of embeddings [B, D]."""
         return (first * second).sum(1)
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
-        names = list(self.sources or pairs.views)[:2]
-        present = torch.stack([pairs.view_weights(name) > 0 for name in names]).all(0)
-        first, second = (pairs.view(name).to(pairs.dtype).where(present[:, None], 1) for name in names)
-        score = self.score(first, second)
-        one = torch.ones_like(score)
-        # The difference s_k - s_i is the product of two vectors of two numbers.
-        views = {"should win": torch.stack([one, -score], 1), "should lose": torch.stack([score, one], 1)}
-        weight = pairs.weights() * present
-        return super().forward(replace(pairs, views=views, weight=weight, present={}, tokens={}), workers)
+        names = list(self.views or pairs.views)[:2]
+        weight = torch.stack([pairs.view_weights(name) for name in names]).amin(0)
+        first, second = (pairs.view(name).to(pairs.dtype).where(weight[:, None] > 0, 0) for name in names)
+        layout = workers.layout(len(pairs), pairs.device)
+        scores = gather_rows(self.score(first, second), layout)
+        weights, labels = layout.gather(weight), layout.gather(pairs.label(self.label))
+        counts = weights > 0
+        scale = self.temperature()
+        loss = inversions(scale * scores[counts], labels[counts], weights[counts])
+        return Outcome(replicated(loss, workers), {"logit_scale": scale.detach()})
 
-    def labels(self) -> list[str]:
-        return [self.label]
+    def clamp_(self) -> None:
+        self.temperature.clamp_()
 
-    def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
-        return [("should win", "should lose")]
 
-    def tile(self, t: Tile) -> Reductions:
-        inverted = t.row(self.label) > t.column(self.label)
-        return {
-            "inversions": row_lse(self.temperature() * t.scores, over="all", mask=inverted),
-            "samples": row_sum(torch.ones_like(t.scores), over="all"),
-        }
-
-    def finish(self, s: Samples) -> list[Term]:
-        # A scale of 100 and scores that differ by 2 are beyond float32's exponential, not float64's.
-        inversions = s["inversions", "should win"].double()
-        some = inversions.isfinite()
-        total = inversions.where(some, 0).exp().where(some, 0) * s["samples", "should win"]
-        return [Term(total)]
-
-    def combine(self, means: Tensor) -> Tensor:
-        return means.sum().log1p()
+def inversions(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """log(1 + sum_i v_i sum over k with a lower label of exp(s_k - s_i)), of [N] each."""
+    order = labels.argsort(stable=True)
+    scores, labels, weights = scores[order], labels[order], weights[order]
+    lower = torch.searchsorted(labels, labels)  # how many labels are lower than this one
+    below = scores.logcumsumexp(0)[(lower - 1).clamp_min(0)]
+    terms = below - scores + (weights / weights.mean()).log()
+    # The zero is the 1 of the formula; it also keeps the graph, and its collectives, where nothing is inverted.
+    return torch.cat([0 * scores.sum()[None], terms[lower > 0]]).logsumexp(0)
 
 
 @OBJECTIVES.register(
@@ -95,6 +86,5 @@ class AnglE(CoSENT):
     """See the module's formula. Parameters: the log of the inverse temperature, if it is trained."""
 
     def score(self, first: Tensor, second: Tensor) -> Tensor:
-        even = [pad(x, (0, x.shape[1] % 2)).chunk(2, dim=1) for x in (first, second)]
-        (a, b), (c, d) = even
+        (a, b), (c, d) = (pad(x, (0, x.shape[1] % 2)).chunk(2, dim=1) for x in (first, second))
         return ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()

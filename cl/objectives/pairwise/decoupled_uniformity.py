@@ -65,7 +65,7 @@ class DecoupledUniformity(TiledObjective):
         """[B, D]: the conditional mean embeddings of the local samples, over all workers' samples."""
         layout: Layout = workers.layout(len(centre), centre.device)
         everyone = layout.gather(present)
-        known = label.to(centre.dtype).view(len(label), -1)
+        known = (label[:, None] if label.dim() == 1 else label).to(centre.dtype)
         others = layout.gather(known)[everyone]
         if not len(others):
             return centre

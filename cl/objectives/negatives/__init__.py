@@ -1,0 +1,1 @@
+"""Objectives that choose, weigh, mix or make negatives."""

@@ -33,7 +33,7 @@ _ADAM_EPSILON = 1e-8
 
 
 class IndividualConfig(EstimatorConfig):
-    temperature: float = Field(0.03, gt=0, description="initial temperature of each sample")
+    tau: float = Field(0.03, gt=0, description="initial temperature of each sample")
     tau_min: float = Field(0.01, gt=0, description="smallest temperature of a sample")
     tau_max: float = Field(1.0, gt=0, description="largest temperature of a sample")
     rho: float = Field(7.0, ge=0, description="penalty on the temperatures")
@@ -43,8 +43,8 @@ class IndividualConfig(EstimatorConfig):
 
     @model_validator(mode="after")
     def _in_range(self) -> IndividualConfig:
-        if not self.tau_min <= self.temperature <= self.tau_max:
-            raise ValueError(f"temperature must lie between tau_min {self.tau_min} and tau_max {self.tau_max}")
+        if not self.tau_min <= self.tau <= self.tau_max:
+            raise ValueError(f"tau must lie between tau_min {self.tau_min} and tau_max {self.tau_max}")
         return self
 
 
@@ -53,7 +53,7 @@ class ISogCLRConfig(IndividualConfig):
     gamma_schedule: Literal["cosine", "constant"] = Field(
         "constant", description="cosine: from 1 in the first epoch down to gamma; constant: gamma"
     )
-    temperature: float = Field(0.07, gt=0, description="initial temperature of each sample")
+    tau: float = Field(0.07, gt=0, description="initial temperature of each sample")
     tau_min: float = Field(0.005, gt=0, description="smallest temperature of a sample")
     rho: float = Field(6.0, ge=0, description="penalty on the temperatures")
     temperature_rule: Literal["adam", "momentum"] = Field("momentum", description="how the temperatures move")
@@ -72,7 +72,7 @@ class FastCLIPv2(GlobalContrastive):
     config: IndividualConfig
 
     def kept(self) -> Mapping[str, float]:
-        return {**super().kept(), "tau": self.config.temperature, "m": 0.0, "v": 0.0}
+        return {**super().kept(), "tau": self.config.tau, "m": 0.0, "v": 0.0}
 
     def labels(self) -> list[str]:
         return ["tau.0", "tau.1"]

@@ -131,7 +131,7 @@ def individual(batch: Batch, settings: Mapping[str, Any]) -> Tensor:
     """
     gamma, eps, tau_range = gamma_of(batch, settings), settings["epsilon"], (settings["tau_min"], settings["tau_max"])
     kept = batch.memory.setdefault("samples", [{}, {}])
-    new = {"tau": settings["temperature"], "m": 0.0, "v": 0.0, "b": 0.0, "u": None}
+    new = {"tau": settings["tau"], "m": 0.0, "v": 0.0, "b": 0.0, "u": None}
     keys = ids_of(batch)
     state = [[each.get(key, new) for key in keys] for each in kept]
     taus = [torch.tensor([s["tau"] for s in each], dtype=torch.float64) for each in state]
@@ -175,25 +175,72 @@ def step_of(
 
 
 def fastclip_v2(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    chosen = {"temperature": 0.03, "tau_min": 0.01, "tau_max": 1.0, "rho": 7.0, "temperature_lr": 0.0133}
+    chosen = {"tau": 0.03, "tau_min": 0.01, "tau_max": 1.0, "rho": 7.0, "temperature_lr": 0.0133}
     return individual(batch, {**DEFAULTS, **chosen, "temperature_rule": "adam", **settings})
 
 
 def isogclr(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    chosen = {"temperature": 0.07, "tau_min": 0.005, "tau_max": 1.0, "rho": 6.0, "temperature_lr": 0.01}
+    chosen = {"tau": 0.07, "tau_min": 0.005, "tau_max": 1.0, "rho": 6.0, "temperature_lr": 0.01}
     chosen |= {"temperature_beta": 0.9, "gamma": 0.8, "gamma_schedule": "constant", "temperature_rule": "momentum"}
     return individual(batch, {**DEFAULTS, **chosen, **settings})
 
 
+def moco(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """He et al. 2020, algorithm 1: cross-entropy of the own key among the queue's; then the batch's keys go in."""
+    kind = settings.get("kind", "moco")
+    scale = constant_scale(settings.get("temperature", 0.07 if kind == "moco" else 0.05))
+    views = batch.views
+    directions = [("a", "b_teacher"), ("b", "a_teacher")]
+    if settings.get("direction", "both" if kind == "infoxlm" else "forward") == "forward":
+        directions = directions[:1]
+    size = settings["queue"]
+    queues = batch.memory.setdefault("queues", [[] for _ in directions])  # of (key, content), oldest first
+    loss = torch.zeros((), dtype=torch.float64)
+    for queue, (query, key) in zip(queues, directions, strict=True):
+        terms = []
+        for i, anchor in enumerate(views[query]):
+            logits = [anchor @ views[key][i]]
+            logits += [anchor @ old for old, content in queue if content != batch.content[i]]
+            if settings.get("in_batch"):
+                logits += [anchor @ views[key][j] for j in range(len(batch)) if not batch.not_negative[i, j]]
+            logits = scale * torch.stack(logits)
+            terms.append(logits.logsumexp(0) - logits[0])
+        loss = loss + batch.mean(torch.stack(terms)) / len(directions)
+        queue += [(views[key][i].detach(), batch.content[i]) for i in range(len(batch)) if batch.weight[i] > 0]
+        del queue[:-size]
+    return loss
+
+
+def moco_v3(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """Chen et al. 2021, algorithm 1: ctr(q1, k2) + ctr(q2, k1), each 2 tau cross-entropy."""
+    tau = 1 / constant_scale(0.2)
+    loss = torch.zeros((), dtype=torch.float64)
+    for query, key in (("a", "b_teacher"), ("b", "a_teacher")):
+        logits = (batch.views[query] @ batch.views[key].T / tau).masked_fill(batch.excluded, -torch.inf)
+        loss = loss + 2 * tau * batch.mean(logits.logsumexp(1) - logits.diagonal())
+    return loss
+
+
+def kind_of_moco(kind: str) -> Any:
+    return lambda batch, parameters, settings: moco(batch, parameters, {**settings, "kind": kind})
+
+
+TEACHERS = ("a", "b", "a_teacher", "b_teacher")
 REFERENCES: dict[str, Reference] = {
     "fastclip-v0": Reference(fastclip_v0, [{"temperature": 0.5, "gamma": 0.3, "gamma_decay_epochs": 2}]),
     "fastclip-v1": Reference(fastclip_v1, [{}, {"epsilon": 0.01, "gamma_decay_epochs": 3}]),
-    "fastclip-v2": Reference(
-        fastclip_v2, [{}, {"temperature": 0.3, "tau_max": 0.31, "gamma_decay_epochs": 2, "epsilon": 0.0}]
-    ),
+    "fastclip-v2": Reference(fastclip_v2, [{}, {"tau": 0.3, "tau_max": 0.31, "gamma_decay_epochs": 2, "epsilon": 0.0}]),
     "fastclip-v3": Reference(
         fastclip_v3, [{"temperature": 0.2}, {"temperature": 0.2, "temperature_rule": "paper", "epsilon": 0.01}]
     ),
     "sogclr": Reference(sogclr, [{}, {"same_side": True, "gamma": 0.4}]),
     "isogclr": Reference(isogclr, [{}, {"same_side": True, "gamma": 0.4, "temperature_lr": 0.001, "epsilon": 0.0}]),
+    "moco": Reference(
+        moco,
+        [{"queue": 20, "in_batch": True}, {"queue": 6}, {"queue": 9, "direction": "both", "temperature": 0.2}],
+        TEACHERS,
+    ),
+    "contriever": Reference(kind_of_moco("contriever"), [{"queue": 512}], TEACHERS),
+    "infoxlm": Reference(kind_of_moco("infoxlm"), [{"queue": 512}], TEACHERS),
+    "moco-v3": Reference(moco_v3, views=TEACHERS),
 }

@@ -57,8 +57,7 @@ class Adjoint:
         self.parameters = [torch.zeros_like(parameter) for parameter in parameters]
         self.adjoint = {key: torch.zeros_like(done.local.value) for key, done in finished.items()}
         self.everyone: dict[Key, Tensor] = {}  # adjoints of all workers' rows, of passes whose adjoints are complete
-        offsets = {"row": run.offsets("row"), "column": run.offsets("column")}
-        self.offsets: Mapping[str, Mapping[str, int]] = offsets
+        self.offsets = run.offsets()
 
     def run(self) -> Adjoint:
         self._finish()
@@ -236,10 +235,10 @@ class Adjoint:
         assert position is not None
         run, comparison = self.evaluation, cut.comparison
         if reduction.axis == "row":
-            first = self.offsets["row"][comparison.columns] + cut.at.start
+            first = self.offsets[comparison.rows, comparison.columns] + cut.at.start
         else:
-            values = values.T
-            first = self.offsets["column"][comparison.rows] + run.known(comparison.rows, cut.i, own=True).start
+            values, rows = values.T, run.known(comparison.rows, cut.i, own=True)
+            first = self.offsets[comparison.columns, comparison.rows] + rows.start
         place = position[at] - first
         here = (place >= 0) & (place < values.shape[1])
         if not values.shape[1]:

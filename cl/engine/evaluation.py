@@ -13,7 +13,7 @@ from cl.engine.collectives import Layout, Workers
 from cl.engine.reduction import Reduction, Reductions
 from cl.engine.rule import Comparison, Rule, Samples, Term, Tiler
 from cl.engine.side import Columns
-from cl.engine.statistics import COLUMN_PART, Finished, Key, Part, Running, places_of
+from cl.engine.statistics import Finished, Key, Part, Running
 from cl.engine.sweep import Block, ColumnExchange, Exchange, Tiling, accumulation_type, product
 from cl.engine.tile import Tile
 from cl.pairs import Clock
@@ -55,17 +55,17 @@ class Evaluation:
     def comparisons(self) -> list[Comparison]:
         return [Comparison(*each) for each in self.rule.comparisons(list(self.columns))]
 
-    def offsets(self, axis: Literal["row", "column"]) -> dict[str, int]:
-        """The number of the first column (row) of each view in the positions of a top-k, which may span several views;
-        a view that has both row and column parts tells them apart by their numbers.
+    def offsets(self) -> dict[tuple[str, str], int]:
+        """(view, other) -> where the numbers of the other's entries begin in the indices of a view's top-k, which may
+        span several others and be made of rows as well as of columns: one after the other, as they are compared.
         """
-        offsets: dict[str, int] = {}
-        total = 0 if axis == "row" else COLUMN_PART
-        for comparison in self.comparisons():
-            view = comparison.columns if axis == "row" else comparison.rows
-            if view not in offsets:
-                offsets[view] = total
-                total += self.columns[view].layout.total
+        offsets: dict[tuple[str, str], int] = {}
+        totals = dict.fromkeys(self.columns, 0)
+        for rows, columns, *_ in self.comparisons():
+            for view, other in ((rows, columns), (columns, rows)):
+                if (view, other) not in offsets:
+                    offsets[view, other] = totals[view]
+                    totals[view] += self.columns[other].layout.total
         return offsets
 
     def groups(self) -> list[tuple[list[str], list[Comparison]]]:
@@ -154,7 +154,7 @@ class Evaluation:
         """Sweep once and finish the statistics of one pass."""
         running = Running()
         layouts = {view: columns.layout for view, columns in self.columns.items()}
-        offsets = {"row": self.offsets("row"), "column": self.offsets("column")}
+        offsets = self.offsets()
         for views, comparisons in self.groups():
             exchanges = self.exchanges(views, embeddings)
             for cut in self.cuts(exchanges, embeddings, comparisons):
@@ -167,7 +167,7 @@ class Evaluation:
                     key = (name, row_view if by_row else column_view)
                     size = len(embeddings[row_view]) if by_row else layouts[column_view].total
                     part = running.part(key, reduction, size)
-                    first = offsets[reduction.axis][column_view if by_row else row_view]
+                    first = offsets[(row_view, column_view) if by_row else (column_view, row_view)]
                     first += cut.at.start if by_row else self.known(row_view, cut.i, own=True).start
                     part.add_(cut.i if by_row else cut.at, reduction, tile.counts(reduction), first)
         return running.finish(layouts)
@@ -188,7 +188,7 @@ class Evaluation:
                 part: Part = getattr(done, which)
                 values[name] = _without_masked(part.value[at].detach(), weight[at])
                 if part.position is not None:
-                    values[f"{name}.index"] = places_of(part.position[at])
+                    values[f"{name}.index"] = part.position[at]
         return values
 
     def local(self, finished: Mapping[Key, Finished]) -> dict[Key, Tensor]:
@@ -206,7 +206,7 @@ class Evaluation:
         finished: Mapping[Key, Finished],
     ) -> Samples:
         indices = {
-            (f"{name}.index", view): places_of(done.local.position)
+            (f"{name}.index", view): done.local.position
             for (name, view), done in finished.items()
             if done.local.position is not None
         }

@@ -64,8 +64,8 @@ def column_mean(logits: Tensor, payload: Tensor, over: Over = "candidates", mask
 def row_top(values: Tensor, k: int, over: Over = "negatives", mask: Tensor | None = None) -> Reduction:
     """The k largest values of each row [R, k], descending, -inf where there are fewer; ties go to the first column.
 
-    Their places are the statistic NAME.index, [R, k] int64: the number of the column among all columns of the view,
-    in the order of the samples (after those of the views that the rule compares before it); -1 for none.
+    Their places are the statistic NAME.index, [R, k] int64: the number of the column among all columns of its view,
+    in the order of the samples (after those of the views that the rule compares with the row's before it); -1 for none.
     """
     return Reduction(values, over, mask, "row", "top", k=k)
 

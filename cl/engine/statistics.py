@@ -19,14 +19,6 @@ from cl.engine.reduction import Reduction
 Key = tuple[str, str]  # name of the statistic, view
 
 
-COLUMN_PART = 1 << 48  # added to the positions of a column part, so that a row part of the same view has others
-
-
-def places_of(positions: Tensor) -> Tensor:
-    """The positions of a top-k as rules see them, -1 for none."""
-    return torch.where(positions < 0, positions, positions % COLUMN_PART)
-
-
 def merge_lse(first: Tensor, second: Tensor) -> Tensor:
     """log(exp first + exp second), -inf where both are."""
     return torch.logaddexp(first, second)

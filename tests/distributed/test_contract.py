@@ -281,25 +281,27 @@ class Tops(_Rule):
         return w.mean((hard**2).sum(1) + (anchors**3).sum(1) + (places + 2 * others).double())
 
 
-class BothWays(_Rule):
-    """The two hardest of each sample of b, among the rows of a and the columns of b: the same places, two views."""
+class TopsOfBothKinds(_Rule):
+    """The three hardest of each b among rows (of a) and columns (of b): their places must not be mistaken."""
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return [("a", "b"), ("b", "b")]
 
     def tile(self, t: Tile) -> Reductions:
-        top = row_top if t.row_view == "b" else column_top
-        return {"hard": top(self.scale * t.scores, k=2)}
+        scores = self.scale * t.scores
+        return {"hard": row_top(scores, k=3) if t.row_view == "b" else column_top(scores, k=3)}
 
     def finish(self, s: Samples) -> Tensor:
-        hard = s["hard", "b"]
-        return (hard.where(hard.isfinite(), 0) ** 2).sum(1)
+        hard = s["hard"]
+        places = (s["hard.index"] * hard.isfinite()).sum(1)
+        return (hard.where(hard.isfinite(), 0) ** 2).sum(1) + places.to(hard.dtype)
 
     def dense(self, w: Whole) -> Tensor:
-        out = w.excluded | w.own
-        both = torch.cat([self.scale * w.b @ w.b.T, self.scale * w.b @ w.a.T], 1)
-        hard = both.masked_fill(torch.cat([out, out], 1), -torch.inf).topk(2, 1).values
-        return w.mean((hard.where(hard.isfinite(), 0) ** 2).sum(1))
+        scores = self.scale * torch.cat([w.b @ w.a.T, w.b @ w.b.T], 1)
+        scores = scores.masked_fill((w.excluded | w.own).repeat(1, 2), -torch.inf)
+        found = torch.cat([scores, scores.new_full((len(scores), 3), -torch.inf)], 1).topk(3, 1)
+        some = found.values.isfinite()
+        return w.mean((found.values.where(some, 0) ** 2).sum(1) + (found.indices * some).sum(1).double())
 
 
 class Chance(_Rule):
@@ -356,7 +358,7 @@ class Partial(_Rule):
 
 
 RULES: dict[str, type[_Rule]] = {
-    rule.__name__: rule for rule in (Mined, Dual, Distil, Late, Tops, BothWays, Chance, Partial)
+    rule.__name__: rule for rule in (Mined, Dual, Distil, Late, Tops, TopsOfBothKinds, Chance, Partial)
 }
 LEAVES = ("a", "b", "tokens_a", "tokens_b", "mined", "prototypes")
 

@@ -323,7 +323,7 @@ def history(name: str) -> Any:
                 count = (~batch.excluded).sum(1).clamp_min(1)
                 target = trust[:, None] * batch.own + (1 - trust[:, None]) * ~batch.excluded / count[:, None]
                 log_p = each - each.masked_fill(batch.excluded, -torch.inf).logsumexp(1, keepdim=True)
-                terms.append(-(target * log_p.where(target > 0, 0)).sum(1))
+                terms.append(-(target * log_p.where(~batch.excluded, 0)).sum(1))
         now = torch.stack(losses).mean(0).detach()
         for key, rows in by_id(ids_of(batch), batch.weight > 0).items():
             value, (old, visits) = float(now[rows].mean()), kept.get(key, (0.0, 0))

@@ -124,8 +124,7 @@ class Visit:
         self.values = values
         self.workers = layout.workers
         self._table, self._layout, self._ids, self._counts, self._mine = table, layout, ids, counts, mine
-        distinct, self._group = ids.unique(dim=0, return_inverse=True)
-        self._groups = len(distinct)
+        self._group, self._groups = _grouped(ids)
 
     def mean(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B]: the mean of `values` over all rows of the global batch with the same id that count and are `valid`.
@@ -167,3 +166,12 @@ class Visit:
         """[N] bool: the rows that count and are valid; and the number of the id of each of them."""
         mask = self._counts if valid is None else self._counts & self._layout.gather(valid).cpu()
         return mask, self._group[mask]
+
+
+def _grouped(ids: Tensor) -> tuple[Tensor, int]:
+    """The number of each row's id among the distinct ones, and how many those are; one half of the ids at a time,
+    which is several times faster than to sort them whole.
+    """
+    first, second = (half.unique(return_inverse=True)[1] for half in ids.T)
+    distinct, group = (first * len(ids) + second).unique(return_inverse=True)
+    return group, len(distinct)

@@ -64,7 +64,7 @@ class SEED(ScaledObjective):
         ]
 
     def constants(self, pairs: Pairs) -> list[Side]:
-        return [self.queue.side("queue", content=False)]
+        return [self.queue.side("queue", content=None)]
 
     def passes(self) -> Sequence[Tiler]:
         return [self.normalisers, self.tile]

@@ -13,7 +13,6 @@ of its parts holds. Needs the teacher's embeddings, as `cl.objectives.state.moco
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +27,6 @@ from cl.pairs import Pairs
 
 
 class FeatureTransformationConfig(MoCoConfig):
-    direction: Literal["forward"] = Field("forward", description="first view against second")
     extrapolation: int | None = Field(2, ge=1, description="a of the positives' Beta(a, a); null: as they are")
     interpolation: int | None = Field(2, ge=1, description="b of the negatives' Beta(b, b); null: as they are")
     seed: int = Field(0, description="of the shares and the cycle")
@@ -55,11 +53,12 @@ class FeatureTransformation(MoCo):
         self.config = config
 
     def constants(self, pairs: Pairs) -> list[Side]:
-        (side,) = super().constants(pairs)
-        order = self.config.interpolation
-        if order is None:
-            return [side]
-        step, places = pairs.clock.step, torch.arange(len(side.sample), device=pairs.device)
+        sides, order = super().constants(pairs), self.config.interpolation
+        return sides if order is None else [self._mixed(side, order, pairs.clock.step) for side in sides]
+
+    def _mixed(self, side: Side, order: int, step: int) -> Side:
+        """A queue whose keys are mixed with the next of the cycle."""
+        places = torch.arange(len(side.sample), device=side.sample.device)
         chance = randomness.uniform(self.config.seed, step, places, places * 0 + 1, dtype=torch.float64)
         cycle = (chance + (side.weight == 0)).argsort()[: int((side.weight > 0).sum())]
         partner = places.clone()
@@ -67,7 +66,7 @@ class FeatureTransformation(MoCo):
         share = beta(order, self.config.seed + 1, step, places, side.embeddings.dtype)[:, None]
         mixed = share * side.embeddings + (1 - share) * side.embeddings[partner]
         meta = {} if side.content is None else {"partner": side.content[partner]}
-        return [replace(side, embeddings=mixed, meta=meta)]
+        return replace(side, embeddings=mixed, meta=meta)
 
     def tile(self, t: Tile) -> Reductions:
         logits, mask = self.temperature() * t.scores, None
@@ -76,10 +75,12 @@ class FeatureTransformation(MoCo):
         return {"rest": row_lse(logits, "negatives", mask)}
 
     def finish(self, s: Samples) -> list[Term]:
-        query, key = self.queries(list(s.views))[0]
-        own = s.own(query, key)
-        if self.config.extrapolation is not None:
-            share = 1 + beta(self.config.extrapolation, self.config.seed, s.clock.step, s.meta["key"], own.dtype)
-            own = own - 2 * share * (share - 1) * (1 - own)
-        own = self.temperature() * own
-        return [Term(torch.logaddexp(s["rest", query], own) - own, s.valid(query, key))]
+        terms = []
+        for query, key in self.queries(list(s.views)):
+            own = s.own(query, key)
+            if self.config.extrapolation is not None:
+                share = 1 + beta(self.config.extrapolation, self.config.seed, s.clock.step, s.meta["key"], own.dtype)
+                own = own - 2 * share * (share - 1) * (1 - own)
+            own = self.temperature() * own
+            terms.append(Term(torch.logaddexp(s["rest", query], own) - own, s.valid(query, key), 1 / self.directions))
+        return terms

@@ -13,7 +13,7 @@ Needs the teacher's embeddings, as `cl.objectives.state.moco`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -28,7 +28,6 @@ from cl.objectives.state.moco import MoCo, MoCoConfig
 
 class MoCHiConfig(MoCoConfig):
     temperature: float = Field(0.2, gt=0, description="scores are divided by it")
-    direction: Literal["forward"] = Field("forward", description="first view against second")
     hardest: int = Field(1024, ge=1, description="keys of the queue that are mixed, N")
     mixed: int = Field(512, ge=0, description="mixtures of two keys a query, s")
     mixed_with_query: int = Field(256, ge=0, description="mixtures of the query and a key, s'")
@@ -58,18 +57,26 @@ class MoCHi(MoCo):
         return {**found, "hard": row_top(t.scores, self.config.hardest)}
 
     def prepare(self, s: Samples) -> Mapping[str, Tensor]:
-        """The mixtures [B, s + s', D], and which samples have any."""
-        config = self.config
-        query, _ = self.queries(list(s.views))[0]
-        index = s["hard.index", query]
-        found = (index >= 0).sum(1, keepdim=True)  # the best come first
-        queue = self._queues()[0].embeddings
-        anchors = s.views[query].detach().to(queue.dtype)
+        """By direction: the mixtures [B, s + s', D], and which samples have any."""
+        found = {}
+        for number, (query, _) in enumerate(self.queries(list(s.views))):
+            # A query's queue is the first that it is compared with: an index is a place in the queue.
+            index, queue = s["hard.index", query], self._queues()[number].embeddings
+            found[f"mixtures.{number}"] = self._mixtures(
+                s, s.views[query].detach().to(queue.dtype), index, queue, number
+            )
+            some = index[:, 0] >= 0
+            found[f"made.{number}"] = some if s.clock.epoch >= self.config.warmup_epochs else torch.zeros_like(some)
+        return found
+
+    def _mixtures(self, s: Samples, anchors: Tensor, index: Tensor, queue: Tensor, direction: int) -> Tensor:
+        """[B, s + s', D] of anchors [B, D] and the places [B, N] of their hardest keys, the hardest first."""
+        config, found = self.config, (index >= 0).sum(1, keepdim=True)
 
         def numbers(stream: int, count: int) -> Tensor:
             places = torch.arange(count, device=index.device)
-            key = s.meta["key"][:, None]
-            return randomness.uniform(config.seed, s.clock.step, key, places, places * 0 + stream, dtype=queue.dtype)
+            key, counter = s.meta["key"][:, None], places * 0 + 5 * direction + stream
+            return randomness.uniform(config.seed, s.clock.step, key, places, counter, dtype=queue.dtype)
 
         def keys(stream: int, count: int) -> Tensor:
             place = (numbers(stream, count) * found).long()
@@ -79,14 +86,15 @@ class MoCHi(MoCo):
         beta = numbers(1, config.mixed_with_query)[..., None] / 2
         pairs = alpha * keys(2, config.mixed) + (1 - alpha) * keys(3, config.mixed)
         with_query = beta * anchors[:, None] + (1 - beta) * keys(4, config.mixed_with_query)
-        made = found[:, 0] > 0 if s.clock.epoch >= config.warmup_epochs else torch.zeros_like(found[:, 0] > 0)
-        return {"mixtures": unit(torch.cat([pairs, with_query], 1)), "made": made}
+        return unit(torch.cat([pairs, with_query], 1))
 
     def finish(self, s: Samples) -> list[Term]:
-        query, key = self.queries(list(s.views))[0]
-        scale, mixtures = self.temperature(), s.prepared["mixtures"]
-        own = scale * s.own(query, key)
-        mixed = scale * (mixtures @ s.views[query].to(mixtures.dtype)[..., None])[..., 0]
-        mixed = mixed.masked_fill(~s.prepared["made"][:, None], -torch.inf)
-        lse = torch.cat([own[:, None], s["rest", query][:, None], mixed], 1).logsumexp(1)
-        return [Term(lse - own, s.valid(query, key))]
+        scale, terms = self.temperature(), []
+        for number, (query, key) in enumerate(self.queries(list(s.views))):
+            mixtures = s.prepared[f"mixtures.{number}"]
+            own = scale * s.own(query, key)
+            mixed = scale * (mixtures @ s.views[query].to(mixtures.dtype)[..., None])[..., 0]
+            mixed = mixed.masked_fill(~s.prepared[f"made.{number}"][:, None], -torch.inf)
+            lse = torch.cat([own[:, None], s["rest", query][:, None], mixed], 1).logsumexp(1)
+            terms.append(Term(lse - own, s.valid(query, key), 1 / self.directions))
+        return terms

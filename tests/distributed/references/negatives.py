@@ -197,24 +197,36 @@ class Memory:
                 self.count += 1
 
 
-def mochi(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+def momentum(loss: Any) -> Any:
+    """A loss (batch, queue, query, key, direction, settings) -> values [N] of one direction or of both."""
+
+    def whole(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+        ways = [("a", "b_teacher"), ("b", "a_teacher")][: 2 if settings.get("direction") == "both" else 1]
+        total = torch.zeros((), dtype=torch.float64)
+        for number, (query, key) in enumerate(ways):
+            queue = batch.memory.setdefault(f"queue.{number}", Memory(settings["queue"]))
+            values = loss(batch, queue, batch.views[query], batch.views[key], number, settings)
+            total = total + batch.mean(values) / len(ways)
+            queue.push(batch, key)
+        return total
+
+    return whole
+
+
+def mochi(batch: Batch, queue: Memory, query: Tensor, key: Tensor, direction: int, settings: Settings) -> Tensor:
     """Kalantidis et al. 2020, section 4."""
     scale = constant_scale(settings.get("temperature", 0.2))
-    memory = batch.memory.setdefault("queue", Memory(settings["queue"]))
-    query, key = batch.views["a"], batch.views["b_teacher"]
     mixed, with_query = settings["mixed"], settings["mixed_with_query"]
     values = []
     for i, q in enumerate(query):
-        keys_in = [n for n in memory.rows if n is not None and n[1] != int(batch.content[i])]
-        negatives = [n for n, _ in keys_in]
+        negatives = [row[0] for row in queue.rows if row is not None and row[1] != int(batch.content[i])]
         hard = sorted(negatives, key=lambda n: -float((q @ n).detach()))[: settings["hardest"]]
 
         def numbers(stream: int, count: int) -> list[float]:
             places = torch.arange(count)
             counter = keys(batch)[i]  # noqa: B023
-            return randomness.uniform(
-                0, batch.clock.step, counter, places, places * 0 + stream, dtype=torch.float64
-            ).tolist()
+            streams = places * 0 + 5 * direction + stream
+            return randomness.uniform(0, batch.clock.step, counter, places, streams, dtype=torch.float64).tolist()
 
         made = []
         if hard:
@@ -225,20 +237,19 @@ def mochi(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
                 made.append(unit(beta / 2 * q.detach() + (1 - beta / 2) * hard[int(j * n)]))
         logits = scale * torch.stack([q @ other for other in [key[i], *negatives, *made]])
         values.append(logits.logsumexp(0) - logits[0])
-    memory.push(batch, "b_teacher")
-    return batch.mean(torch.stack(values))
+    return torch.stack(values)
 
 
-def feature_transformation(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+def feature_transformation(
+    batch: Batch, queue: Memory, query: Tensor, key: Tensor, direction: int, settings: Settings
+) -> Tensor:
     """Zhu et al. 2021, sections 3.2 and 3.3, on the features themselves."""
     scale = constant_scale(0.07)
-    memory = batch.memory.setdefault("queue", Memory(settings["queue"]))
-    query, key = batch.views["a"], batch.views["b_teacher"]
     size, step = settings["queue"], batch.clock.step
     places = torch.arange(size)
     share = 1 + beta_of(2, 0, batch, keys(batch))
     chance = randomness.uniform(0, step, places, places * 0 + 1, dtype=torch.float64).tolist()
-    order = sorted((place for place in range(size) if memory.rows[place] is not None), key=lambda place: chance[place])
+    order = sorted((place for place in range(size) if queue.rows[place] is not None), key=lambda place: chance[place])
     mu = beta_of(2, 1, batch, places)
     extrapolate = settings.get("extrapolation", 2) is not None
     values = []
@@ -247,13 +258,12 @@ def feature_transformation(batch: Batch, parameters: Parameters, settings: Setti
         far_q, far_k = (share[i] * q + (1 - share[i]) * k, share[i] * k + (1 - share[i]) * q) if extrapolate else (q, k)
         logits = [far_q @ far_k]
         for number, place in enumerate(order):
-            (n, content), (other, other_content) = memory.rows[place], memory.rows[order[number - 1]]
+            (n, content), (other, other_content) = queue.rows[place], queue.rows[order[number - 1]]
             if int(batch.content[i]) not in (content, other_content):
                 logits.append(q @ (mu[place] * n + (1 - mu[place]) * other))
         logits = scale * torch.stack(logits)
         values.append(logits.logsumexp(0) - logits[0])
-    memory.push(batch, "b_teacher")
-    return batch.mean(torch.stack(values))
+    return torch.stack(values)
 
 
 def mixup(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
@@ -347,7 +357,7 @@ def probability(name: str, value: float, description: Any, settings: Settings) -
 REFERENCES: dict[str, Reference] = {
     "debiased": Reference(
         reweighted({"beta": 0.0}),
-        [{"temperature": 0.5}, {"temperature": 0.5, "tau_plus": 0.02, "same_side": False, "direction": "forward"}],
+        [{"temperature": 0.5}, {"temperature": 0.5, "tau_plus": 0.4, "same_side": False, "direction": "forward"}],
     ),
     "hcl": Reference(
         reweighted({}),
@@ -370,6 +380,7 @@ REFERENCES: dict[str, Reference] = {
     "false-negative-attraction": Reference(
         sides(attraction),
         [
+            {"label": "cluster"},
             {"threshold": 0.6, "same_side": True},
             {"k": 2, "direction": "forward"},
             {"label": "cluster", "teacher": "teacher", "threshold": 0.7},
@@ -379,8 +390,8 @@ REFERENCES: dict[str, Reference] = {
     "hardest-negatives": Reference(
         sides(hardest),
         [
-            {"k": 2, "same_side": True},
             {"k": None, "low": -0.3, "margin": 0.1},
+            {"k": 2, "same_side": True},
             {"k": 3, "margin": 0.0, "direction": "forward"},
         ],
     ),
@@ -388,21 +399,24 @@ REFERENCES: dict[str, Reference] = {
     "dclr": Reference(
         dclr,
         [
-            {"noise": 7, "noise_rate": 0.05, "threshold": 0.3},
             {"noise": 5, "noise_rate": 0.5, "threshold": 0.3, "teacher": None, "temperature": 0.5},
+            {"noise": 7, "noise_rate": 0.05, "threshold": 0.3},
         ],
         TEACHERS,
     ),
     "mochi": Reference(
-        mochi,
+        momentum(mochi),
         [
-            {"queue": 12, "hardest": 4, "mixed": 3, "mixed_with_query": 2, "in_batch": False},
+            {"queue": 150, "hardest": 16, "mixed": 6, "mixed_with_query": 3, "direction": "both", "in_batch": False},
+            {"queue": 12, "hardest": 4, "mixed": 3, "mixed_with_query": 2},
             {"queue": 7, "hardest": 20, "mixed": 0, "mixed_with_query": 3, "temperature": 0.5},
         ],
         TEACHERS,
     ),
     "feature-transformation": Reference(
-        feature_transformation, [{"queue": 12}, {"queue": 7, "extrapolation": None}], TEACHERS
+        momentum(feature_transformation),
+        [{"queue": 150, "direction": "both"}, {"queue": 7, "extrapolation": None}],
+        TEACHERS,
     ),
     "mixup": Reference(mixup, [{}, {"beta": 3}]),
     "noise-posterior": Reference(

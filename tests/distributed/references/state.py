@@ -237,10 +237,14 @@ REFERENCES: dict[str, Reference] = {
     "isogclr": Reference(isogclr, [{}, {"same_side": True, "gamma": 0.4, "temperature_lr": 0.001, "epsilon": 0.0}]),
     "moco": Reference(
         moco,
-        [{"queue": 20, "in_batch": True}, {"queue": 6}, {"queue": 9, "direction": "both", "temperature": 0.2}],
+        [
+            {"queue": 150, "in_batch": True, "direction": "both"},
+            {"queue": 6},
+            {"queue": 9, "direction": "both", "temperature": 0.2},
+        ],
         TEACHERS,
     ),
-    "contriever": Reference(kind_of_moco("contriever"), [{"queue": 512}], TEACHERS),
+    "contriever": Reference(kind_of_moco("contriever"), [{"queue": 512, "direction": "both"}, {"queue": 10}], TEACHERS),
     "infoxlm": Reference(kind_of_moco("infoxlm"), [{"queue": 512}], TEACHERS),
     "moco-v3": Reference(moco_v3, views=TEACHERS),
 }

@@ -101,8 +101,10 @@ def test_a_mined_negative_of_weight_two_is_two_of_them() -> None:
     owner = torch.tensor([0, 3, 3])
     weighted = Extra(rows, owner, weight=torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
     repeated = Extra(torch.cat([rows[:1], rows[:2]]), torch.tensor([0, 0, 3]))
-    found = [outcome(made("mined-negatives"), replace(pairs, extra={"negatives": e})) for e in (weighted, repeated)]
-    assert_same(*found)
+    once, twice = (
+        outcome(made("mined-negatives"), replace(pairs, extra={"negatives": e})) for e in (weighted, repeated)
+    )
+    assert_same(once, twice)
 
 
 def test_noise_moves_towards_the_anchors() -> None:

@@ -33,7 +33,7 @@ def field(objective: Objective, name: str) -> Tensor:
     return table.values[table.index.ids[:, 0].argsort(), list(table.fields).index(name)]
 
 
-def log_g(pairs: Pairs, tau: float) -> list[Tensor]:
+def log_g(pairs: Pairs, tau: float | Tensor) -> list[Tensor]:
     """log mean over the others of exp((s_ij - s_ii) / tau), both directions."""
     a, b = pairs.views["a"], pairs.views["b"]
     scores = a @ b.T / tau
@@ -119,7 +119,7 @@ def test_the_codes_rule_counts_the_slope_of_g_twice() -> None:
     assert_same((found["paper"][0], found["paper"][1][:2]), (found["code"][0], found["code"][1][:2]))
     log_scale = torch.tensor(-math.log(0.3), dtype=torch.float64, requires_grad=True)
     tau = (-log_scale).exp()
-    (once,) = torch.autograd.grad(0.3 * sum(log_g(pairs, tau)).mean() / 2, log_scale)  # type: ignore[arg-type,union-attr]
+    (once,) = torch.autograd.grad(0.3 * torch.stack(list(log_g(pairs, tau))).sum(0).mean() / 2, log_scale)
     torch.testing.assert_close(found["code"][1][2] - found["paper"][1][2], once, rtol=1e-5, atol=1e-8)
 
 

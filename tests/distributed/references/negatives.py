@@ -13,7 +13,8 @@ from cl.engine import randomness
 from tests.distributed.references.batch import Batch, Reference
 from tests.distributed.references.state import TEACHERS, by_id, constant_scale, ids_of
 
-Parameters, Settings = Mapping[str, Tensor], Mapping[str, Any]
+Parameters = Mapping[str, Tensor]
+Settings = Mapping[str, Any]
 
 
 def scale_of(parameters: Parameters) -> Tensor:
@@ -39,7 +40,7 @@ def sides(loss: Any) -> Any:
     def whole(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
         ways = directions(batch, settings)
         terms = [loss(batch, scale_of(parameters), settings, *way) for way in ways]
-        return sum(batch.mean(values, valid) for values, valid in terms) / len(ways)
+        return torch.stack([batch.mean(values, valid) for values, valid in terms]).sum() / len(ways)
 
     return whole
 
@@ -256,12 +257,15 @@ def feature_transformation(
     for i, q in enumerate(query):
         k = key[i]
         far_q, far_k = (share[i] * q + (1 - share[i]) * k, share[i] * k + (1 - share[i]) * q) if extrapolate else (q, k)
-        logits = [far_q @ far_k]
+        scores = [far_q @ far_k]
         for number, place in enumerate(order):
-            (n, content), (other, other_content) = queue.rows[place], queue.rows[order[number - 1]]
+            first, second = queue.rows[place], queue.rows[order[number - 1]]
+            assert first is not None
+            assert second is not None
+            (n, content), (other, other_content) = first, second
             if int(batch.content[i]) not in (content, other_content):
-                logits.append(q @ (mu[place] * n + (1 - mu[place]) * other))
-        logits = scale * torch.stack(logits)
+                scores.append(q @ (mu[place] * n + (1 - mu[place]) * other))
+        logits = scale * torch.stack(scores)
         values.append(logits.logsumexp(0) - logits[0])
     return torch.stack(values)
 
@@ -287,7 +291,7 @@ def mixup(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     return batch.mean(lse - positive)
 
 
-def gaussians(losses: Tensor) -> list[tuple[float, float, float]]:
+def gaussians(losses: Tensor) -> list[tuple[Any, Any, Any]]:
     """Two Gaussians as (share, mean, variance) by 30 rounds of expectation maximisation."""
     mean, variance = losses.mean(), losses.var(unbiased=False)
     least = 1e-6 * variance + 1e-12
@@ -338,7 +342,7 @@ def history(name: str) -> Any:
         for key, rows in by_id(ids_of(batch), batch.weight > 0).items():
             value, (old, visits) = float(now[rows].mean()), kept.get(key, (0.0, 0))
             kept[key] = (old + (value - old) / (visits + 1) if mean else value, visits + 1)
-        return sum(batch.mean(term) for term in terms) / len(ways)
+        return torch.stack([batch.mean(term) for term in terms]).sum() / len(ways)
 
     return loss
 

@@ -113,7 +113,7 @@ def fastclip_v3(batch: Batch, parameters: Mapping[str, Tensor], settings: Mappin
     log_u = sum((eps + each).log() for each in u)
     total = tau.detach() * loss + batch.mean(settings["rho"] * tau + tau / 2 * log_u, valid)
     if code:  # the same number, with the slope to tau alone, once more
-        ratio = 0
+        ratio = torch.zeros(len(batch), dtype=torch.float64)
         for view, (x, y) in enumerate(zip(g, u, strict=True)):
             anchor, other = [v.detach() for v in list(batch.views.values())[:: 1 if view == 0 else -1]]
             scores = anchor @ other.T
@@ -180,7 +180,7 @@ def fastclip_v2(batch: Batch, parameters: Mapping[str, Tensor], settings: Mappin
 
 
 def isogclr(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    chosen = {"tau": 0.07, "tau_min": 0.005, "tau_max": 1.0, "rho": 6.0, "temperature_lr": 0.01}
+    chosen: dict[str, Any] = {"tau": 0.07, "tau_min": 0.005, "tau_max": 1.0, "rho": 6.0, "temperature_lr": 0.01}
     chosen |= {"temperature_beta": 0.9, "gamma": 0.8, "gamma_schedule": "constant", "temperature_rule": "momentum"}
     return individual(batch, {**DEFAULTS, **chosen, **settings})
 
@@ -199,11 +199,11 @@ def moco(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, 
     for queue, (query, key) in zip(queues, directions, strict=True):
         terms = []
         for i, anchor in enumerate(views[query]):
-            logits = [anchor @ views[key][i]]
-            logits += [anchor @ old for old, content in queue if content != batch.content[i]]
+            scores = [anchor @ views[key][i]]
+            scores += [anchor @ old for old, content in queue if content != batch.content[i]]
             if settings.get("in_batch"):
-                logits += [anchor @ views[key][j] for j in range(len(batch)) if not batch.not_negative[i, j]]
-            logits = scale * torch.stack(logits)
+                scores += [anchor @ views[key][j] for j in range(len(batch)) if not batch.not_negative[i, j]]
+            logits = scale * torch.stack(scores)
             terms.append(logits.logsumexp(0) - logits[0])
         loss = loss + batch.mean(torch.stack(terms)) / len(directions)
         queue += [(views[key][i].detach(), batch.content[i]) for i in range(len(batch)) if batch.weight[i] > 0]

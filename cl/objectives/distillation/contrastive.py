@@ -55,7 +55,7 @@ class ContrastiveDistillation(ScaledObjective):
         return pairs if self.queue is None else [*pairs, (pairs[0][0], "queue")]
 
     def constants(self, pairs: Pairs) -> list[Side]:
-        return [] if self.queue is None else [self.queue.side("queue", pairs.content_columns())]
+        return [] if self.queue is None else [self.queue.side("queue", content=pairs.content_columns())]
 
     def tile(self, t: Tile) -> Reductions:
         return {"lse": row_lse(self.temperature() * t.scores)}

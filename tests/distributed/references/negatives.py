@@ -361,7 +361,7 @@ def probability(name: str, value: float, description: Any, settings: Settings) -
 REFERENCES: dict[str, Reference] = {
     "debiased": Reference(
         reweighted({"beta": 0.0}),
-        [{"temperature": 0.5}, {"temperature": 0.5, "tau_plus": 0.4, "same_side": False, "direction": "forward"}],
+        [{"temperature": 0.5}, {"temperature": 0.5, "tau_plus": 0.8, "same_side": False, "direction": "forward"}],
     ),
     "hcl": Reference(
         reweighted({}),

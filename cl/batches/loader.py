@@ -9,78 +9,32 @@ all workers run the same number of steps.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 import torch
 from torch import Tensor
 
+from cl.batches.batch import Batch
 from cl.batches.hashing import mix
+from cl.batches.labels import Label
 from cl.batches.plan import BatchPlan, StepSamples
+from cl.batches.quarantine import Quarantine
 from cl.batches.reader import CorpusReader
 from cl.corpus import VIEWS
 from cl.encoders.inputs import Inputs
 from cl.errors import ConfigError
-from cl.views.images import UnreadableImageError
+from cl.views.images import UnreadableImageError, load_views
 
 _BLOCK = 32  # rows that one thread handles at a time
 _AUGMENT, _BATCH = 3, 4  # what a hash is for
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One worker's part of a step.
-
-    Attributes:
-        views: what each tower reads: uint8 images [B, 3, H, W], token ids [B, L] or a dict of ids and mask.
-        ids: 128-bit sample ids, int64 [B, 2]; 0 where padded.
-        content: 64-bit content ids, int64 [B, views]; samples that agree in any view are not each other's negatives.
-        weight: float32 [B]: 1, or 0 for padding and for samples that could not be decoded.
-        epoch, step: the step's place; `step` counts within the epoch.
-        key: integer of 63 bits fixed by (seed, epoch, step), the same on all workers, for the step's random choices.
-    """
-
-    views: dict[str, Tensor | dict[str, Tensor]]
-    ids: Tensor
-    content: Tensor
-    weight: Tensor
-    epoch: int
-    step: int
-    key: int
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def rows(self, part: slice) -> Batch:
-        """The same step's batch with some of its samples."""
-        views: dict[str, Tensor | dict[str, Tensor]] = {
-            name: {field: tensor[part] for field, tensor in view.items()} if isinstance(view, dict) else view[part]
-            for name, view in self.views.items()
-        }
-        return replace(self, views=views, ids=self.ids[part], content=self.content[part], weight=self.weight[part])
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device; pinned memory is copied without waiting."""
-        views: dict[str, Tensor | dict[str, Tensor]] = {}
-        for name, view in self.views.items():
-            if isinstance(view, dict):
-                views[name] = {field: tensor.to(device, non_blocking=True) for field, tensor in view.items()}
-            else:
-                views[name] = view.to(device, non_blocking=True)
-        return replace(
-            self,
-            views=views,
-            ids=self.ids.to(device, non_blocking=True),
-            content=self.content.to(device, non_blocking=True),
-            weight=self.weight.to(device, non_blocking=True),
-        )
 
 
 @dataclass
@@ -93,6 +47,7 @@ class _Pending:
     ids: np.ndarray
     content: np.ndarray
     weight: np.ndarray
+    labels: dict[str, np.ndarray]
     blocks: list[Future[None]]
 
 
@@ -102,7 +57,7 @@ class Loader:
     Args:
         plan: which samples each step holds.
         rank, world: this worker and how many there are.
-        inputs: the model's inputs; its views must be views of the corpus.
+        inputs: the model's inputs; its views must show fields of the corpus.
         start: (epoch, step) of the first batch.
         steps: number of batches, over any number of epochs; None never ends.
         workers: threads that decode.
@@ -110,6 +65,7 @@ class Loader:
         quarantine: local JSON-lines file that gets the samples that could not be decoded.
         cache_mib: memory for rows and remote images, MiB.
         pin_memory: put batches into page-locked memory (for copies to a GPU).
+        labels: what else is wanted of each sample (`cl.batches.labels.open_labels`).
     """
 
     def __init__(
@@ -125,6 +81,7 @@ class Loader:
         quarantine: str | Path | None = None,
         cache_mib: int = 1024,
         pin_memory: bool = False,
+        labels: Sequence[Label] = (),
     ) -> None:
         if not 0 <= rank < world or workers < 1 or prefetch < 0:
             raise ConfigError(
@@ -133,12 +90,16 @@ class Loader:
         check_views(plan, inputs)
         self.plan, self.rank, self.world, self.inputs = plan, rank, world, inputs
         self.start, self.steps, self.workers, self.prefetch = start, steps, workers, prefetch
-        self.pin_memory = pin_memory
-        self.quarantined = 0
-        self._quarantine = Path(quarantine) if quarantine is not None else None
-        self._known_bad: set[tuple[int, int]] = set()
-        self._quarantine_lock = threading.Lock()
-        self._reader = CorpusReader(plan, list(inputs.views), cache_mib)
+        self.pin_memory, self.labels = pin_memory, labels
+        self._fields = inputs.distinct_fields()
+        self._draws = {view: inputs.draw_key(view) for view in inputs.views}
+        self._quarantine = Quarantine(Path(quarantine) if quarantine is not None else None)
+        self._reader = CorpusReader(plan, self._fields, cache_mib, labels)
+
+    @property
+    def quarantined(self) -> int:
+        """Samples that could not be decoded, each counted once."""
+        return self._quarantine.count
 
     def __iter__(self) -> Iterator[Batch]:
         stop = threading.Event()
@@ -196,8 +157,9 @@ class Loader:
             images,
             texts,
             np.zeros((rows, 2), np.int64),
-            np.zeros((rows, len(self.inputs.views)), np.int64),
+            np.zeros((rows, len(self._fields)), np.int64),
             np.zeros(rows, np.float32),
+            {label.name: label.empty(rows) for label in self.labels},
             [],
         )
         for first in range(0, len(samples), _BLOCK):
@@ -205,26 +167,40 @@ class Loader:
         return made
 
     def _fill(self, made: _Pending, first: int, last: int) -> None:
-        """Read and decode rows first..last of a batch."""
+        """Read, decode and augment rows first..last of a batch."""
         samples = made.samples
         for at in range(first, last):
             chunk, row = int(samples.chunk[at]), int(samples.row[at])
             rows = self._reader.rows(chunk)
             made.ids[at], made.content[at], made.weight[at] = rows.ids[row], rows.content[row], 1
+            for name, label in made.labels.items():
+                label[at] = rows.labels[name][row]
+        seeds = {
+            view: mix(self.plan.seed, _AUGMENT, samples.epoch, key, made.ids[first:last, 0], made.ids[first:last, 1])
+            for view, key in self._draws.items()
+        }
+        for at in range(first, last):
+            chunk, row = int(samples.chunk[at]), int(samples.row[at])
             for view, texts in made.texts.items():
-                texts[at] = rows.text(view, row)
-        if not made.images:
-            return
-        seeds = mix(self.plan.seed, _AUGMENT, samples.epoch, made.ids[first:last, 0], made.ids[first:last, 1])
-        for view, images in made.images.items():
-            spec = self.inputs.image(view)
-            for at in range(first, last):
-                chunk, row = int(samples.chunk[at]), int(samples.row[at])
-                try:
-                    spec.load(self._reader.image(chunk, row), int(seeds[at - first]), images[at])
-                except UnreadableImageError as error:
-                    made.weight[at] = 0
-                    self._report(samples, at, made.ids[at], str(error))
+                text = self._reader.rows(chunk).text(self.inputs.field_of(view), row)
+                texts[at] = self.inputs.text(view).augmented(text, int(seeds[view][at - first]))
+            if not made.images:
+                continue
+            wanted = [self.inputs.image(view).wanted(int(seeds[view][at - first])) for view in made.images]
+            try:
+                pictures = load_views(self._reader.image(chunk, row), wanted)
+            except UnreadableImageError as error:
+                made.weight[at] = 0
+                self._quarantine.add(
+                    made.ids[at],
+                    samples.epoch,
+                    samples.step,
+                    str(error),
+                    functools.partial(self._reader.key, chunk, row),
+                )
+                continue
+            for images, picture in zip(made.images.values(), pictures, strict=True):
+                images[at] = picture.transpose(2, 0, 1)
 
     def _finish(self, made: _Pending) -> Batch:
         for block in made.blocks:
@@ -244,60 +220,24 @@ class Loader:
             epoch,
             step,
             int(mix(self.plan.seed, _BATCH, epoch, step)) >> 1,
+            {name: torch.from_numpy(label) for name, label in made.labels.items()},
         )
-        return _pinned(batch) if self.pin_memory else batch
-
-    def _report(self, samples: StepSamples, at: int, sample_id: np.ndarray, reason: str) -> None:
-        """Count a sample that could not be used and write it down the first time."""
-        name = (int(sample_id[0]), int(sample_id[1]))
-        with self._quarantine_lock:
-            if name in self._known_bad:
-                return
-            self._known_bad.add(name)
-            self.quarantined += 1
-            if self._quarantine is None:
-                return
-            shard, key = self._reader.key(int(samples.chunk[at]), int(samples.row[at]))
-            line = {
-                "shard": shard,
-                "key": key,
-                "stage": "decode",
-                "reason": "unreadable_image",
-                "detail": reason,
-                "id": sample_id.astype(">i8").tobytes().hex(),
-                "epoch": samples.epoch,
-                "step": samples.step,
-            }
-            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._quarantine, "ab") as file:
-                file.write(orjson.dumps(line) + b"\n")
+        return batch.pinned() if self.pin_memory else batch
 
 
 def check_views(plan: BatchPlan, inputs: Inputs) -> None:
-    """Refuse a model whose views are not those of the corpus.
+    """Refuse a model whose views do not show fields of the corpus.
 
     Raises:
-        ConfigError: a view that the corpus lacks, or has in another modality.
+        ConfigError: a field that the corpus lacks, or has in another modality.
     """
     has = VIEWS[plan.kind]
     for view in inputs.views:
-        if has.get(view) != inputs.modality(view):
-            views = ", ".join(f"{name} ({kind})" for name, kind in has.items())
+        field = inputs.field_of(view)
+        if has.get(field) != inputs.modality(view):
+            fields = ", ".join(f"{name} ({kind})" for name, kind in has.items())
+            shown = "" if field == view else f" of {field!r}"
             raise ConfigError(
-                f"The model reads the view {view!r} ({inputs.modality(view)}), but {plan.corpora[0].root} is a "
-                f"{plan.kind} corpus with the views {views}."
+                f"The model reads the view {view!r}{shown} ({inputs.modality(view)}), but {plan.corpora[0].root} is a "
+                f"{plan.kind} corpus with the views {fields}."
             )
-
-
-def _pinned(batch: Batch) -> Batch:
-    views = {
-        name: {k: v.pin_memory() for k, v in view.items()} if isinstance(view, dict) else view.pin_memory()
-        for name, view in batch.views.items()
-    }
-    return replace(
-        batch,
-        views=views,
-        ids=batch.ids.pin_memory(),
-        content=batch.content.pin_memory(),
-        weight=batch.weight.pin_memory(),
-    )

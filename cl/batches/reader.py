@@ -22,6 +22,7 @@ from blake3 import blake3
 
 from cl import storage
 from cl.batches.cache import BoundedCache
+from cl.batches.labels import Label
 from cl.batches.plan import BatchPlan
 from cl.corpus import VIEWS, normal_text
 from cl.errors import DataError
@@ -36,16 +37,18 @@ class ChunkRows:
 
     Attributes:
         ids: 128-bit sample ids, int64 [n, 2].
-        content: 64 bits of a hash of what each view holds, int64 [n, views]: the image's bytes, or the text as it is
+        content: 64 bits of a hash of what each field holds, int64 [n, fields]: the image's bytes, or the text as it is
             compared (`cl.corpus.normal_text`).
-        table: the columns that the views need.
+        table: the columns that the fields need.
         shard: URL of the chunk's shards and whether it is local, by the name in the column `shard`.
+        labels: name -> [n] or [n, K].
     """
 
     ids: np.ndarray
     content: np.ndarray
     table: pa.Table
     shard: dict[str, tuple[str, bool]]
+    labels: dict[str, np.ndarray]
 
     def text(self, column: str, row: int) -> str:
         """One string."""
@@ -65,17 +68,20 @@ class CorpusReader:
 
     Args:
         plan: whose chunks are read.
-        views: the views wanted, a subset of the corpus kind's.
+        fields: the fields wanted, a subset of the corpus kind's (`cl.corpus.VIEWS`).
         cache_mib: bound on rows and remote image bytes kept in memory, MiB.
+        labels: what else is wanted of each sample.
     """
 
-    def __init__(self, plan: BatchPlan, views: Sequence[str], cache_mib: int = 1024) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: BatchPlan, fields: Sequence[str], cache_mib: int = 1024, labels: Sequence[Label] = ()
+    ) -> None:
+        self.plan, self.labels = plan, labels
         modalities = VIEWS[plan.kind]
-        self._columns = ["id", "content", *(view for view in views if modalities[view] == "text")]
-        if any(modalities[view] == "image" for view in views):
+        self._columns = ["id", "content", *(field for field in fields if modalities[field] == "text")]
+        if any(modalities[field] == "image" for field in fields):
             self._columns += ["shard", "offset", "length"]
-        self._views = [(view, modalities[view]) for view in views]
+        self._fields = [(field, modalities[field]) for field in fields]
         self._rows: BoundedCache[ChunkRows] = BoundedCache(cache_mib * 2**20 // 2)
         self._spans: BoundedCache[dict[str, tuple[int, bytes]]] = BoundedCache(cache_mib * 2**20 // 2)
         self._footers: BoundedCache[pq.FileMetaData] = BoundedCache(256)
@@ -136,21 +142,25 @@ class CorpusReader:
         return table
 
     def _read_rows(self, chunk: int) -> tuple[ChunkRows, int]:
-        table = self._read_columns(chunk, self._columns)
+        table = self._read_columns(chunk, list(dict.fromkeys([*self._columns, *(each.column for each in self.labels)])))
         ids = hex_words(table["id"])
-        content = np.stack([self._content(table, view, modality) for view, modality in self._views], 1)
-        corpus = self.plan.corpora[self.plan.chunk(chunk).corpus]
+        content = np.stack([self._content(table, field, modality) for field, modality in self._fields], 1)
+        where = self.plan.chunk(chunk)
+        corpus = self.plan.corpora[where.corpus]
+        url = corpus.fragment_url(corpus.fragments[where.fragment])
+        labels = {each.name: each.encode(table, ids, url) for each in self.labels}
         shard: dict[str, tuple[str, bool]] = {}
         for name in pc.unique(table["shard"]).to_pylist() if "shard" in table.column_names else ():
-            url = corpus.shard_url(name)
-            shard[name] = (url, storage.is_local(url))
-        light = table.drop_columns(["id", "content"]).combine_chunks()
-        return ChunkRows(ids, content, light, shard), int(light.nbytes + ids.nbytes + content.nbytes)
+            place = corpus.shard_url(name)
+            shard[name] = (place, storage.is_local(place))
+        light = table.select([name for name in self._columns if name not in ("id", "content")]).combine_chunks()
+        held = light.nbytes + ids.nbytes + content.nbytes + sum(label.nbytes for label in labels.values())
+        return ChunkRows(ids, content, light, shard, labels), int(held)
 
-    def _content(self, table: pa.Table, view: str, modality: str) -> np.ndarray:
+    def _content(self, table: pa.Table, field: str, modality: str) -> np.ndarray:
         if modality == "image":
             return hex_words(table["content"])[:, 0]
-        digests = (blake3(normal_text(text).encode()).digest(length=8) for text in table[view].to_pylist())
+        digests = (blake3(normal_text(text).encode()).digest(length=8) for text in table[field].to_pylist())
         return np.frombuffer(b"".join(digests), dtype=">i8").astype(np.int64)
 
     def _read_spans(self, rows: ChunkRows) -> tuple[dict[str, tuple[int, bytes]], int]:

@@ -7,16 +7,26 @@
         text: {family: open_clip, part: text, config: {vocab_size: 8192, context_length: 32, width: 128, layers: 3}}
       views: {image: image, text: text}
 
-Two views may share a tower: text pairs read `views: {anchor: text, positive: text}`.
+Two views may share a tower: text pairs read `views: {anchor: text, positive: text}`. Several views may show the same
+field of a sample, each with an augmentation of its own:
+
+      views:
+        image: image
+        image_strong: {tower: image, of: image, augment: simclr}
+        crop: {tower: image, of: image, augment: dino-local, size: 32, copies: 6} # crop_1 ... crop_6
+        text: text
+        text_again: {tower: text, of: text} # the same words; the tower's dropout makes the difference
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from cl.config import Config
+from cl.views.augmentation import AnyAugmentation
 
 
 class TowerConfig(Config):
@@ -39,12 +49,33 @@ def _by_family(value: Any) -> Any:
 AnyTower = Annotated[SerializeAsAny[TowerConfig], BeforeValidator(_by_family)]
 
 
+class ViewConfig(Config):
+    """One view of a sample, or several that differ only in what was drawn for them."""
+
+    tower: str = Field(description="name of the tower that reads it")
+    of: str | None = Field(
+        None, description="the sample's field it shows: image, text, anchor or positive; null: that of the view's name"
+    )
+    augment: AnyAugmentation | None = Field(
+        None, description="of training samples: a registered name, or {name: ..., field: ...}; null: as the tower says"
+    )
+    size: int | None = Field(None, gt=0, description="side of the picture in pixels; null: the tower's own")
+    copies: int = Field(1, ge=1, description="views of this kind; more than one are called NAME_1, NAME_2, ...")
+
+
+def _plain_view(value: Any) -> Any:
+    """`view: tower` is short for `view: {tower: tower}`."""
+    return {"tower": value} if isinstance(value, str) else value
+
+
 class ModelConfig(Config):
     """A set of towers that map the views of a sample into one space of `embed_dim` dimensions."""
 
     embed_dim: int = Field(128, gt=0, description="dimensions of the shared space")
     towers: dict[str, AnyTower] = Field(description="tower name -> tower")
-    views: dict[str, str] = Field(description="view name -> tower name; two views may share a tower")
+    views: dict[str, Annotated[ViewConfig, BeforeValidator(_plain_view)]] = Field(
+        description="view name -> tower name, or a view; views may share a tower and show the same field"
+    )
     weights: str | None = Field(
         None, description="weights to start from: a Clew checkpoint or run folder, an open_clip .safetensors file"
     )
@@ -53,10 +84,37 @@ class ModelConfig(Config):
     def _views_name_towers(self) -> ModelConfig:
         if not self.views:
             raise ValueError("views must name at least one view")
-        for view, tower in self.views.items():
-            if tower not in self.towers:
-                raise ValueError(f"view {view!r} names tower {tower!r}, but the towers are {', '.join(self.towers)}")
-        idle = set(self.towers) - set(self.views.values())
+        for name, view in self.views.items():
+            if view.tower not in self.towers:
+                raise ValueError(
+                    f"view {name!r} names tower {view.tower!r}, but the towers are {', '.join(self.towers)}"
+                )
+        idle = set(self.towers) - {view.tower for view in self.views.values()}
         if idle:
             raise ValueError(f"tower {min(idle)!r} is read by no view")
+        if len(self.each_view) < sum(view.copies for view in self.views.values()):
+            raise ValueError("two views have the same name: copies of a view are called NAME_1, NAME_2, ...")
         return self
+
+    @property
+    def each_view(self) -> dict[str, ViewConfig]:
+        """Every single view by name, with its field filled in."""
+        found = {}
+        for name, view in self.views.items():
+            filled = view.model_copy(update={"of": view.of or name, "copies": 1})
+            names = [name] if view.copies == 1 else [f"{name}_{number}" for number in range(1, view.copies + 1)]
+            found.update(dict.fromkeys(names, filled))
+        return found
+
+    @property
+    def readers(self) -> dict[str, str]:
+        """Tower name by view and by field: outside of training, a field is read by the tower of its first view."""
+        views = {name: view.tower for name, view in self.each_view.items()}
+        fields = {str(view.of): view.tower for view in reversed(self.each_view.values())}
+        return {**fields, **views}
+
+    def of_views(self, views: Iterable[str]) -> ModelConfig:
+        """The part of the model that reads these views (names as in `each_view`)."""
+        kept = {name: self.each_view[name] for name in views}
+        towers = {name: tower for name, tower in self.towers.items() if name in {view.tower for view in kept.values()}}
+        return self.model_copy(update={"views": kept, "towers": towers})

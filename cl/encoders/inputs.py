@@ -6,8 +6,9 @@ tower normalises them on its device, which moves a quarter of the bytes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from cl.encoders.tokenizers import Tokenizer
 from cl.errors import ConfigError, DataError
-from cl.views.images import Augmentation, UnreadableImageError, load_image
+from cl.views.image_augmentation import ImageAugmentation
+from cl.views.images import UnreadableImageError, Wanted, load_views
+from cl.views.texts import TextAugmentation
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,16 @@ class ImageInput:
 
     Attributes:
         size: side of the square the tower reads, pixels.
-        augmentation: random crop and flip for training; None resizes the short side and crops the centre.
+        augmentation: of training images; None resizes the short side and crops the centre.
     """
 
     size: int
-    augmentation: Augmentation | None = None
+    augmentation: ImageAugmentation | None = None
     modality: str = "image"
 
-    def load(self, data: bytes, seed: int, out: np.ndarray) -> None:
-        """Decode one image into `out`, uint8 [3, size, size]; raises UnreadableImageError."""
-        out[:] = load_image(data, self.size, self.augmentation, seed).transpose(2, 0, 1)
+    def wanted(self, seed: int) -> Wanted:
+        """What `cl.views.images.load_views` is to make of an image."""
+        return Wanted(self.size, self.augmentation, seed)
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,18 @@ class TextInput:
         tokenizer: strings to ids with special tokens, cut to the tower's context.
         masked: True gives {"input_ids": [B, L], "attention_mask": [B, L]}, False the ids alone.
         length: pad to this many tokens; None pads to the longest of the batch (rounded up to 8).
+        augmentation: of training texts; None leaves them as they are.
     """
 
     tokenizer: Tokenizer
     masked: bool
     length: int | None = None
+    augmentation: TextAugmentation | None = None
     modality: str = "text"
+
+    def augmented(self, text: str, seed: int) -> str:
+        """The text as the view shows it; the seed fixes what is drawn."""
+        return text if self.augmentation is None else self.augmentation.apply(text, seed)
 
     def encode(self, texts: Sequence[str]) -> Tensor | dict[str, Tensor]:
         """Tokenise and pad a batch."""
@@ -71,9 +80,30 @@ ViewInput = ImageInput | TextInput
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of all views of a model, by view name."""
+    """The inputs of all views of a model.
+
+    Attributes:
+        views: view name -> its input.
+        fields: view name -> the field of a sample that it shows; the view's own name where it is not there.
+        draws: view name -> the view whose random numbers it takes; its own where it is not there.
+    """
 
     views: dict[str, ViewInput]
+    fields: dict[str, str] = field(default_factory=dict)
+    draws: dict[str, str] = field(default_factory=dict)
+
+    def field_of(self, view: str) -> str:
+        """The field of a sample that a view shows."""
+        return self.fields.get(view, view)
+
+    def distinct_fields(self) -> list[str]:
+        """All fields that views show, in the order of the views."""
+        return list(dict.fromkeys(self.field_of(view) for view in self.views))
+
+    def draw_key(self, view: str) -> int:
+        """63 bits that set a view's random numbers apart from those of other views."""
+        name = self.draws.get(view, view)
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
     def modality(self, view: str) -> str:
         """`image` or `text`."""
@@ -115,7 +145,8 @@ class Inputs:
         out = np.zeros((len(data), 3, spec.size, spec.size), dtype=np.uint8)
         for row, encoded in enumerate(data):
             try:
-                spec.load(encoded, seeds[row] if seeds is not None else 0, out[row])
+                (picture,) = load_views(encoded, [spec.wanted(seeds[row] if seeds is not None else 0)])
+                out[row] = picture.transpose(2, 0, 1)
             except UnreadableImageError as error:
                 if failures is None:
                     raise DataError(f"Image {row} of the batch cannot be used: {error}.") from error

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from cl.encoders.config import ModelConfig
-from cl.encoders.inputs import Inputs
+from cl.encoders.config import ModelConfig, ViewConfig
+from cl.encoders.inputs import Inputs, ViewInput
 from cl.encoders.registry import TOWERS
 from cl.engine.normalise import unit
 from cl.errors import ConfigError
@@ -27,7 +28,7 @@ class EncoderModel(nn.Module):
     """Towers by name and the views they read.
 
     Attributes:
-        views: view name -> tower name.
+        views: view or field name -> tower name.
         embed_dim: dimensions of the shared space.
     """
 
@@ -71,21 +72,64 @@ def _fresh_model(cfg: ModelConfig, seed: int) -> EncoderModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest) >> 1)
             towers[name] = TOWERS[tower.family].build(tower, cfg.embed_dim)
-    return EncoderModel(towers, cfg.views, cfg.embed_dim)
+    return EncoderModel(towers, cfg.readers, cfg.embed_dim)
 
 
 def check_model(cfg: ModelConfig) -> None:
-    """Build the model without memory for its weights: finds every error of its config before a run starts."""
+    """Build the model without memory for its weights: finds every error of its config before a run starts.
+
+    Raises:
+        ConfigError: naming the tower or the view that cannot be used.
+    """
     towers = {
         name: tower.model_copy(update={"pretrained": False}) if "pretrained" in type(tower).model_fields else tower
         for name, tower in cfg.towers.items()
     }
+    inputs = build_inputs(cfg, train=True)
     with torch.device("meta"):
-        _fresh_model(cfg.model_copy(update={"towers": towers}), 0)
-    build_inputs(cfg, train=True)
+        model = _fresh_model(cfg.model_copy(update={"towers": towers}), 0).eval()
+        for name, view in cfg.each_view.items():
+            if view.size is None:
+                continue
+            side = inputs.image(name).size
+            try:
+                model.encode(name, torch.zeros(1, 3, side, side, dtype=torch.uint8))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"The tower {view.tower!r} cannot read the view {name!r}, whose pictures are {side} pixels wide: "
+                    f"{' '.join(str(error).split())[:200]}"
+                ) from error
 
 
 def build_inputs(cfg: ModelConfig, train: bool) -> Inputs:
-    """What turns raw samples into the model's input; augmented if `train`."""
+    """What turns raw samples into the model's input.
+
+    Args:
+        cfg: the model.
+        train: with the augmentations of the views; without, there is a view for each field as well, named like it.
+
+    Raises:
+        ConfigError: a view that its tower cannot read so.
+    """
     made = {name: TOWERS[tower.family].inputs(tower, train) for name, tower in cfg.towers.items()}
-    return Inputs({view: made[tower] for view, tower in cfg.views.items()})
+    fields = {name: str(view.of) for name, view in cfg.each_view.items()}
+    views = {} if train else {name: made[cfg.readers[name]] for name in fields.values()}
+    views |= {name: _view_input(name, view, made[view.tower], train) for name, view in cfg.each_view.items()}
+    return Inputs(views, fields)
+
+
+def _view_input(name: str, view: ViewConfig, tower: ViewInput, train: bool) -> ViewInput:
+    """The tower's own input with the view's size and augmentation."""
+    changes: dict[str, object] = {}
+    if view.size is not None:
+        if tower.modality != "image":
+            raise ConfigError(f"The view {name!r} has a size, but its tower {view.tower!r} reads {tower.modality}.")
+        changes["size"] = view.size
+    if view.augment is not None:
+        if view.augment.modality != tower.modality:
+            raise ConfigError(
+                f"The view {name!r} has the augmentation {view.augment.name!r}, which is for {view.augment.modality}, "
+                f"but its tower {view.tower!r} reads {tower.modality}."
+            )
+        changes["augmentation"] = view.augment if train else None
+    return replace(tower, **changes)  # type: ignore[arg-type]

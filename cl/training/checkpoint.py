@@ -3,6 +3,7 @@
     CHECKPOINTS/step-00000100/
       model.safetensors, towers/   the model; `cl.encoders.load_checkpoint_model` needs nothing else of the run
       config.yaml                  the run's config
+      teachers/NAME/               a teacher that follows the model: a checkpoint that stands alone as well
       trainer.pt                   optimizer, objective, step, data position; read with weights_only=True
       manifest.json                size and blake3 of each file, written last
 
@@ -19,9 +20,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 TRAINER = "trainer.pt"
+TEACHERS = "teachers"
 FORMAT = "clew-checkpoint"
 _PREFIX = "step-"
 
@@ -65,6 +68,17 @@ class Checkpoint:
         """The model's tensors by name, on the CPU."""
         return load_safetensors(self._read(MODEL))
 
+    def teacher_state(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a teacher by name, on the CPU.
+
+        Raises:
+            DataError: the checkpoint has no such teacher.
+        """
+        file = f"{TEACHERS}/{name}/{MODEL}"
+        if file not in self.files:
+            raise DataError(f"{self.url} holds no teacher {name!r}.")
+        return load_safetensors(self._read(file))
+
     def trainer_state(self) -> dict[str, Any]:
         """Everything but the model; tensors on the CPU."""
         return torch.load(io.BytesIO(self._read(TRAINER)), map_location="cpu", weights_only=True)
@@ -80,9 +94,24 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: str, step: int, model: EncoderModel, model_config: ModelConfig, trainer: dict[str, Any], config_yaml: str
+    root: str,
+    step: int,
+    model: EncoderModel,
+    model_config: ModelConfig,
+    trainer: dict[str, Any],
+    config_yaml: str,
+    teachers: Mapping[str, tuple[EncoderModel, ModelConfig]] = MappingProxyType({}),
 ) -> str:
     """Write a checkpoint and return its URL; one that is there for the same step is replaced.
+
+    Args:
+        root: folder of the run's checkpoints.
+        step: optimizer steps done.
+        model: the towers, without the wrapper of several workers.
+        model_config: what they are built from.
+        trainer: what `Checkpoint.trainer_state` gives back.
+        config_yaml: the run's config.
+        teachers: further models and what they are built from, by name.
 
     Raises:
         DataError: the place cannot be written or the disk is full.
@@ -90,6 +119,8 @@ def save_checkpoint(
     url = storage.join(root, f"{_PREFIX}{step:08d}")
     with _staging(root) as folder:
         save_model(model, model_config, folder, write_config=False)
+        for name, (teacher, teacher_config) in teachers.items():
+            save_model(teacher, teacher_config, folder / TEACHERS / name)
         try:
             (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
             torch.save(trainer, folder / TRAINER)

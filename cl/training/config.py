@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cl.batches.labels import LabelConfig
 from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
+from cl.encoders.teacher import TeacherConfig, teacher_view
 from cl.objectives import ObjectiveConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp64"]
@@ -84,6 +86,13 @@ class TrainConfig(Config):
     corpus: str | None = Field(None, description="the corpus to train on, if it is a single one")
     corpora: list[CorpusConfig] = Field([], description="the corpora to train on")
     model: ModelConfig = Field(description="towers and their views")
+    teachers: dict[str, TeacherConfig] = Field(
+        {}, description="models without gradient: each adds the views VIEW_TEACHER to the batch that the objective sees"
+    )
+    labels: dict[str, LabelConfig] = Field(
+        {},
+        description="label name -> column of the corpora, or {column, kind, values}: what is known of a sample",
+    )
     # A factory: to make the default loads the registry, which may import the user's package that imports this module.
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learnt")
     batch_size: int = Field(256, ge=2, description="samples of the global batch, whatever the number of workers")
@@ -138,6 +147,28 @@ class TrainConfig(Config):
             raise ValueError(f"batch_size ({self.batch_size}) must be at least workers.count ({self.workers.count})")
         if "://" in self.out:
             raise ValueError("out must be a local or shared folder; checkpoint.path may be a URL")
+        return self
+
+    @model_validator(mode="after")
+    def _views_are_there(self) -> TrainConfig:
+        """Teachers read views of the model; objectives read those and the teachers' own."""
+        views = list(self.model.each_view)
+        for name, teacher in self.teachers.items():
+            if not name.isidentifier():
+                raise ValueError(f"teachers: a name is letters, digits and underscores, not {name!r}")
+            for view in teacher.views or []:
+                if view not in self.model.each_view:
+                    raise ValueError(
+                        f"teachers.{name}.views names {view!r}, but the views of the model are {', '.join(views)}"
+                    )
+        for name, teacher in self.teachers.items():
+            for output in (teacher_view(view, name) for view in teacher.views or self.model.each_view):
+                if output in views:
+                    raise ValueError(f"teachers.{name} adds the view {output!r}, which there is already")
+                views.append(output)
+        for view in (self.objective.model_extra or {}).get("views") or []:
+            if view not in views:
+                raise ValueError(f"objective.views names {view!r}, but the views are {', '.join(views)}")
         return self
 
     @property

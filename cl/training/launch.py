@@ -96,6 +96,9 @@ def absolute(cfg: TrainConfig) -> TrainConfig:
     data["checkpoint"]["path"] = place(cfg.checkpoint.path)
     if cfg.model.weights is not None:
         data["model"]["weights"] = place(cfg.model.weights)
+    for teacher in data["teachers"].values():
+        if "weights" in teacher:
+            teacher["weights"] = place(teacher["weights"])
     return TrainConfig.model_validate(data)
 
 

@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cl.batches.labels import open_labels
 from cl.batches.loader import check_views
 from cl.batches.plan import BatchPlan
 from cl.corpus import open_corpus
 from cl.encoders import build_inputs
 from cl.encoders.model import check_model
+from cl.encoders.teacher import with_teachers
 from cl.errors import ClewError
 from cl.run import write_run_info
 from cl.training.callbacks import build_callbacks
@@ -80,12 +82,13 @@ def check_run(cfg: TrainConfig) -> BatchPlan:
     """Find what the user has to mend before any worker starts; returns the run's plan.
 
     Raises:
-        ClewError: a corpus, a model, a view or a callback that cannot be used.
+        ClewError: a corpus, a model, a view, a teacher, a label or a callback that cannot be used.
     """
     build_callbacks(cfg.callbacks)
     check_model(cfg.model)
     plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
-    check_views(plan, build_inputs(cfg.model, train=True))
+    check_views(plan, with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model))
+    open_labels(cfg.labels, plan.corpora)
     return plan
 
 

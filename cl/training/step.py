@@ -1,4 +1,4 @@
-"""One training step's forward pass: towers, then objective, as one module.
+"""One training step's forward pass: towers and teachers, then objective, as one module.
 
 A wrapper such as DDP therefore sees every parameter, those of the objective included, and averages them all; that is
 what the objectives' gradient convention expects (`cl.engine.collectives`).
@@ -7,21 +7,24 @@ what the objectives' gradient convention expects (`cl.engine.collectives`).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cl.batches.loader import Batch
+from cl.batches.batch import Batch
 from cl.encoders import EncoderModel
+from cl.encoders.teacher import Teacher
 from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
 from cl.errors import ConfigError
 from cl.objectives import Objective
-from cl.pairs import Pairs
+from cl.pairs import Clock, Pairs
 from cl.training.config import Precision
+from cl.training.length import RunLength
 from cl.training.precision import autocast
 
 
@@ -40,42 +43,72 @@ class StepOutput(NamedTuple):
 
 
 class TrainStep(nn.Module):
-    """Towers and objective.
+    """Towers, teachers and objective.
 
     Args:
         model: gives normalised embeddings [B, D] by view.
         objective: built by `build_objective`.
         workers: those that share negatives.
         precision: that of the towers; the objective computes in float32 or float64.
+        teachers: name -> teacher; their embeddings are further views.
+        length: of the run, which the objective's clock needs.
     """
 
-    def __init__(self, model: EncoderModel, objective: Objective, workers: Workers, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: EncoderModel,
+        objective: Objective,
+        workers: Workers,
+        precision: Precision,
+        teachers: Mapping[str, Teacher] = MappingProxyType({}),
+        length: RunLength | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
-        self.workers, self.precision = workers, precision
+        self.workers, self.precision, self.length = workers, precision, length
+        self._teachers = nn.ModuleDict(teachers)
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The teachers by name."""
+        return {name: teacher for name, teacher in self._teachers.items() if isinstance(teacher, Teacher)}
 
     def forward(self, batch: Batch, skip: Collection[str] | None = None) -> StepOutput | dict[str, Tensor]:
         """The step's outcome; or, for gradient caching, the embeddings of the views that are not in `skip` alone."""
-        wanted = {name: view for name, view in batch.views.items() if name not in (skip or ())}
+        others = {*(skip or ()), *self._taught_views()}
         with autocast(self.precision, batch.weight.device):
-            views = self.model(wanted)
+            views = self.model({name: view for name, view in batch.views.items() if name not in others})
+            for teacher in self.teachers.values():
+                views |= teacher(batch.views, skip or ())
         return self.judge(views, batch) if skip is None else views
+
+    def _taught_views(self) -> list[str]:
+        """The names of the teachers' embeddings."""
+        return [view for teacher in self.teachers.values() for view in teacher.outputs]
 
     def judge(self, views: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The objective on the embeddings of a whole local batch."""
-        finite = torch.stack([view.detach().isfinite().all(dim=1) for view in views.values()]).all(dim=0)
-        pairs = Pairs(views=views, ids=batch.ids, content=batch.content, weight=batch.weight)
+        finite = torch.stack([view.detach().isfinite().flatten(1).all(dim=1) for view in views.values()]).all(dim=0)
+        pairs = Pairs(
+            views=views,
+            ids=batch.ids,
+            content=batch.content,
+            weight=batch.weight,
+            labels=batch.labels,
+            clock=self.length.clock(batch.epoch, batch.step) if self.length else Clock(),
+        )
         outcome = self.objective(pairs, self.workers)
         return StepOutput(outcome.loss, outcome.metrics, finite | (batch.weight == 0))
 
     def frozen_views(self) -> list[str]:
-        """Views whose tower has nothing to train: gradient caching encodes them once."""
+        """Views whose tower has nothing to train, and those of teachers: gradient caching encodes them once."""
         towers = self.model.towers
-        return [
+        still = [
             view
             for view, name in self.model.views.items()
             if not any(p.requires_grad for p in towers[name].parameters())
         ]
+        return still + self._taught_views()
 
 
 def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_batch: int | None) -> StepOutput:

@@ -11,53 +11,39 @@ import io
 import math
 import struct
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from cl.views.draws import uniforms
+from cl.views.image_augmentation import ImageAugmentation
+
 MAX_PIXELS = 100_000_000  # the bound of `clew ingest` too; more is taken for a decompression bomb
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-_MASK = (1 << 64) - 1
 
 
 class UnreadableImageError(Exception):
     """An image that cannot be used; the message is a short reason for the quarantine table."""
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random resized crop and mirror (Szegedy et al. 2015, "Going Deeper with Convolutions").
+class Wanted(NamedTuple):
+    """A view of a picture: the side of the square in pixels, how it is augmented (None: the centre), and its seed."""
 
-    Attributes:
-        scale: share of the picture's area the crop covers, from and to.
-        ratio: width / height of the crop, from and to.
-        flip: probability of a mirror image; 0 where captions name left and right, or pictures hold letters.
-    """
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.0
+    size: int
+    augmentation: ImageAugmentation | None = None
+    seed: int = 0
 
 
-def uniforms(seed: int, count: int, skip: int = 0) -> list[float]:
-    """`count` numbers in [0, 1) that depend on the seed alone (splitmix64), after the first `skip`."""
-    out = []
-    for step in range(skip + 1, skip + count + 1):
-        z = (seed + step * 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        out.append(((z ^ (z >> 31)) >> 11) * 2.0**-53)
-    return out
-
-
-def crop_box(width: int, height: int, size: int, augmentation: Augmentation | None, seed: int) -> Box:
+def crop_box(width: int, height: int, augmentation: ImageAugmentation | None, seed: int) -> Box:
     """The part of a `width` x `height` picture to resize to the target: (left, top, right, bottom) in pixels.
 
-    With an augmentation: up to ten draws of area and aspect, as torchvision does, else the centre crop.
+    Random resized crop (Szegedy et al. 2015, "Going Deeper with Convolutions"): up to ten draws of area and aspect, as
+    torchvision does, else the centre crop.
     """
-    if augmentation is not None:
+    if augmentation is not None and augmentation.scale is not None:
         low, high = augmentation.scale
         ratios = [math.log(r) for r in augmentation.ratio]
         for attempt in range(10):
@@ -74,55 +60,65 @@ def crop_box(width: int, height: int, size: int, augmentation: Augmentation | No
     return x, y, x + side, y + side
 
 
-def load_image(data: bytes, size: int, augmentation: Augmentation | None = None, seed: int = 0) -> np.ndarray:
+def load_views(data: bytes, views: Sequence[Wanted]) -> list[np.ndarray]:
+    """Several views of one encoded image, decoded once: RGB uint8 [size, size, 3] each.
+
+    Raises:
+        UnreadableImageError: not an image, truncated, or more than MAX_PIXELS.
+    """
+    decoded = _decode_jpeg(data, views) if data[:2] == b"\xff\xd8" else None
+    picture, (width, height) = decoded or _decode_any(data)
+    x, y = picture.width / width, picture.height / height
+    made = []
+    for size, augmentation, seed in views:
+        left, top, right, bottom = crop_box(width, height, augmentation, seed)
+        box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
+        view = picture
+        if view.size != (size, size) or box != (0, 0, size, size):
+            view = view.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        if augmentation is not None:
+            view = augmentation.apply(view, seed)
+        made.append(np.asarray(view))
+    return made
+
+
+def load_image(data: bytes, size: int, augmentation: ImageAugmentation | None = None, seed: int = 0) -> np.ndarray:
     """Decode an image to RGB uint8 [size, size, 3].
 
     Args:
         data: the encoded image.
         size: side of the result, pixels.
-        augmentation: random crop and flip; None resizes the short side and crops the centre.
+        augmentation: None resizes the short side and crops the centre.
         seed: fixes the augmentation.
 
     Raises:
         UnreadableImageError: not an image, truncated, or more than MAX_PIXELS.
     """
-    decoded = _decode_jpeg(data, size, augmentation, seed) if data[:2] == b"\xff\xd8" else None
-    picture, box = decoded or _decode_any(data, size, augmentation, seed)
-    if picture.size != (size, size) or box != (0, 0, size, size):
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(picture)
-    if augmentation is not None and uniforms(seed ^ 0x5851F42D4C957F2D, 1)[0] < augmentation.flip:
-        pixels = pixels[:, ::-1]
-    return pixels
+    return load_views(data, [Wanted(size, augmentation, seed)])[0]
 
 
-def _decode_jpeg(
-    data: bytes, size: int, augmentation: Augmentation | None, seed: int
-) -> tuple[Image.Image, Box] | None:
-    """A JPEG at reduced scale and its crop box there, or None if libjpeg does not like it (PIL then decides)."""
+def _decode_jpeg(data: bytes, views: Sequence[Wanted]) -> tuple[Image.Image, tuple[int, int]] | None:
+    """A JPEG at the smallest scale that is enough for all views, and its full size (width, height) in pixels.
+
+    None if libjpeg does not like it; PIL then decides.
+    """
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             raise UnreadableImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-        left, top, right, bottom = crop_box(width, height, size, augmentation, seed)
+        boxes = [(view.size, crop_box(width, height, view.augmentation, view.seed)) for view in views]
         pixels = simplejpeg.decode_jpeg(
             data,
             "RGB",
-            min_width=min(width, math.ceil(width * size / (right - left))),
-            min_height=min(height, math.ceil(height * size / (bottom - top))),
+            min_width=min(width, max(math.ceil(width * size / (box[2] - box[0])) for size, box in boxes)),
+            min_height=min(height, max(math.ceil(height * size / (box[3] - box[1])) for size, box in boxes)),
         )
     except ValueError:
         return None
-    x, y = pixels.shape[1] / width, pixels.shape[0] / height
-    return Image.fromarray(pixels), (
-        left * x,
-        top * y,
-        min(right * x, pixels.shape[1]),
-        min(bottom * y, pixels.shape[0]),
-    )
+    return Image.fromarray(pixels), (width, height)
 
 
-def _decode_any(data: bytes, size: int, augmentation: Augmentation | None, seed: int) -> tuple[Image.Image, Box]:
+def _decode_any(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of bombs and odd metadata; the bound below decides
@@ -138,7 +134,7 @@ def _decode_any(data: bytes, size: int, augmentation: Augmentation | None, seed:
         reason = " ".join(str(error).split())
         reason = "not an image in a known format" if "cannot identify" in reason else reason
         raise UnreadableImageError(reason or type(error).__name__) from error
-    return _rgb(image), crop_box(image.width, image.height, size, augmentation, seed)
+    return _rgb(image), image.size
 
 
 def _rgb(image: Image.Image) -> Image.Image:

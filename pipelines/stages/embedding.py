@@ -113,7 +113,7 @@ def checkpoint_digest(path: str) -> tuple[str, int]:
         digest = blake3()
         digest.update_mmap(folder / WEIGHTS_FILE)
         # Paths in the config change when the folder moves; the towers' own files are digested instead.
-        digest.update(repr(sorted(config.views.items())).encode())
+        digest.update(repr(sorted(config.readers.items())).encode())
         for file in sorted((folder / "towers").rglob("*")) if (folder / "towers").is_dir() else ():
             if file.is_file():
                 digest.update(file.name.encode() + file.read_bytes())

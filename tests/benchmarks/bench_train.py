@@ -29,7 +29,7 @@ import torch
 from open_clip.model import CLIP
 from open_clip_train.train import train_one_epoch
 
-from cl.batches.loader import Batch
+from cl.batches.batch import Batch
 from cl.config import parse_config
 from cl.encoders import build_model
 from cl.engine.collectives import Workers

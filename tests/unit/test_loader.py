@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from cl import storage
+from cl.batches.batch import Batch
 from cl.batches.cache import BoundedCache
-from cl.batches.loader import Batch, Loader
+from cl.batches.loader import Loader
 from cl.batches.plan import BatchPlan
 from cl.batches.reader import CorpusReader
 from cl.config import load_config

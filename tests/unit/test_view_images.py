@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from cl.views import images
-from cl.views.images import Augmentation, UnreadableImageError, crop_box, load_image, uniforms
+from cl.views.draws import uniforms
+from cl.views.image_augmentation import ImageAugmentation
+from cl.views.images import UnreadableImageError, crop_box, load_image
 from tests.unit.corpora import encoded_image
 
 
@@ -82,21 +84,21 @@ def test_decompression_bombs_are_refused_by_their_header(kind: str, monkeypatch:
 
 
 def test_crops_stay_inside_and_have_the_asked_size() -> None:
-    augmentation = Augmentation(scale=(0.3, 0.8), ratio=(0.7, 1.4))
+    augmentation = ImageAugmentation(scale=(0.3, 0.8), ratio=(0.7, 1.4))
     areas = []
     for seed in range(500):
-        left, top, right, bottom = crop_box(200, 100, 32, augmentation, seed)
+        left, top, right, bottom = crop_box(200, 100, augmentation, seed)
         assert 0 <= left < right <= 200
         assert 0 <= top < bottom <= 100
         areas.append((right - left) * (bottom - top) / 20_000)
     assert 0.28 < min(areas) < 0.35
     assert max(areas) < 0.82
-    assert crop_box(200, 100, 32, None, 0) == (50, 0, 150, 100)
+    assert crop_box(200, 100, None, 0) == (50, 0, 150, 100)
 
 
 def test_augmentation_is_fixed_by_the_seed() -> None:
     data = encoded_image(3, 120, 90)
-    augmentation = Augmentation(scale=(0.2, 0.9), flip=0.5)
+    augmentation = ImageAugmentation(scale=(0.2, 0.9), flip=0.5)
     first = load_image(data, 32, augmentation, 11)
     assert np.array_equal(first, load_image(data, 32, augmentation, 11))
     assert sum(np.array_equal(first, load_image(data, 32, augmentation, seed)) for seed in range(20)) == 1
@@ -106,9 +108,9 @@ def test_flip() -> None:
     data = encoded_image(3, 64, 64, "PNG")
     plain = load_image(data, 64)
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    assert np.array_equal(load_image(data, 64, Augmentation(**whole, flip=1.0), 5), plain[:, ::-1])
-    assert np.array_equal(load_image(data, 64, Augmentation(**whole, flip=0.0), 5), plain)
-    flips = [np.array_equal(load_image(data, 64, Augmentation(**whole, flip=0.5), s), plain) for s in range(200)]
+    assert np.array_equal(load_image(data, 64, ImageAugmentation(**whole, flip=1.0), 5), plain[:, ::-1])
+    assert np.array_equal(load_image(data, 64, ImageAugmentation(**whole, flip=0.0), 5), plain)
+    flips = [np.array_equal(load_image(data, 64, ImageAugmentation(**whole, flip=0.5), s), plain) for s in range(200)]
     assert 70 < sum(flips) < 130
 
 

@@ -9,28 +9,27 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
-from cl.config import Config
 from cl.encoders.attention import replace_attention
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import ImageInput, TextInput, ViewInput
 from cl.encoders.registry import TOWERS, TowerFamily
 from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
 from cl.errors import ConfigError
-from cl.views.images import Augmentation
+from cl.views.augmentation import named
+from cl.views.image_augmentation import ImageAugmentation
 
 
-class AugmentConfig(Config):
-    """Random resized crop and mirror of training images."""
-
-    scale: tuple[float, float] = Field((0.9, 1.0), description="share of the area the crop covers, from and to")
-    ratio: tuple[float, float] = Field((0.75, 4 / 3), description="width / height of the crop, from and to")
-    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirror image")
+def _augment(value: Any) -> Any:
+    """A mapping without a name changes fields of the weak augmentation."""
+    return named({"name": "weak", **value} if isinstance(value, dict) else value)
 
 
 class OpenClipConfig(TowerConfig):
@@ -43,7 +42,9 @@ class OpenClipConfig(TowerConfig):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="open_clip's vision_cfg or text_cfg")
     quick_gelu: bool | None = Field(None, description="OpenAI's activation; null takes it from the named model")
-    augment: AugmentConfig | None = Field(AugmentConfig(), description="of training images; null: none")
+    augment: Annotated[SerializeAsAny[ImageAugmentation], BeforeValidator(_augment)] | None = Field(
+        ImageAugmentation(), description="of training images where the view has none of its own; null: the centre crop"
+    )
     mean: tuple[float, float, float] = Field(
         (0.48145466, 0.4578275, 0.40821073), description="subtracted from pixels in [0, 1]"
     )
@@ -62,14 +63,23 @@ class VisionTower(nn.Module):
     std: Tensor
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        from open_clip.transformer import VisionTransformer
+
         super().__init__()
         self.net = net
+        self.by_positions = isinstance(net, VisionTransformer)  # reads pictures of any size with resized positions
         # In units of a byte; not in the state dict, for they are config.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images.to(self.mean.dtype) - self.mean) / self.std)
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        net: Any = self.net
+        if not self.by_positions or images.shape[-2:] == net.image_size:
+            return net(pixels)
+        grid = (images.shape[-2] // net.patch_size[0], images.shape[-1] // net.patch_size[1])
+        resized = resize_positions(net.positional_embedding, net.grid_size, grid)
+        return functional_call(net, {"positional_embedding": resized}, (pixels,))
 
     def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
         """Load the `visual.` part of an open_clip checkpoint; position embeddings are resized to the grid."""
@@ -78,6 +88,17 @@ class VisionTower(nn.Module):
         state = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
         resize_pos_embed(state, SimpleNamespace(visual=self.net))
         _load(self.net, {name.removeprefix("visual."): tensor for name, tensor in state.items()}, where, "vision")
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings [1 + H W, C] of a class token and an `old` = (H, W) grid of patches, for a `new` grid.
+
+    Bicubic, as for DINO's small crops (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision
+    Transformers", appendix); gradients pass through.
+    """
+    grid = positions[1:].T.reshape(1, -1, *old)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
 
 
 class TextTower(nn.Module):
@@ -179,8 +200,7 @@ class OpenClipFamily(TowerFamily):
                 if size[0] != size[1]:
                     raise ConfigError(f"image_size is {list(size)}, but only square images are supported.")
                 size = size[0]
-            augment = Augmentation(**cfg.augment.model_dump()) if train and cfg.augment is not None else None
-            return ImageInput(int(size), augment)
+            return ImageInput(int(size), cfg.augment if train else None)
         context = tower.context_length
         if cfg.tokenizer is not None:
             return TextInput(folder_tokenizer(cfg.tokenizer, context, tower.vocab_size), masked=False, length=context)

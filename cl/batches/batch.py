@@ -1,0 +1,62 @@
+"""One worker's part of a step, as it comes from the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a step.
+
+    Attributes:
+        views: what each tower reads: uint8 images [B, 3, H, W], token ids [B, L] or a dict of ids and mask.
+        ids: 128-bit sample ids, int64 [B, 2]; 0 where padded.
+        content: 64-bit content ids, int64 [B, fields]; samples that agree in any field are not each other's negatives.
+        weight: float32 [B]: 1, or 0 for padding and for samples that could not be decoded.
+        epoch, step: the step's place; `step` counts within the epoch.
+        key: integer of 63 bits fixed by (seed, epoch, step), the same on all workers, for the step's random choices.
+        labels: name -> int64 or float32 [B] or [B, K] (`cl.batches.labels`); 0 where padded.
+    """
+
+    views: Mapping[str, Tensor | dict[str, Tensor]]
+    ids: Tensor
+    content: Tensor
+    weight: Tensor
+    epoch: int
+    step: int
+    key: int
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def rows(self, part: slice) -> Batch:
+        """The same step's batch with some of its samples."""
+        return self._each(lambda tensor: tensor[part])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; pinned memory is copied without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, for copies to a GPU."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        views: dict[str, Tensor | dict[str, Tensor]] = {
+            name: {part: change(tensor) for part, tensor in view.items()} if isinstance(view, dict) else change(view)
+            for name, view in self.views.items()
+        }
+        return replace(
+            self,
+            views=views,
+            ids=change(self.ids),
+            content=change(self.content),
+            weight=change(self.weight),
+            labels={name: change(label) for name, label in self.labels.items()},
+        )

@@ -1,0 +1,221 @@
+"""Teachers: models without gradient whose embeddings are further views of the batch, called VIEW_TEACHER.
+
+    teachers:
+      ema: {kind: ema, views: [image_1, image_2], momentum: 0.996}    # image_1_ema, image_2_ema
+      big: {kind: frozen, weights: runs/large-clip, views: [image]}   # image_big
+
+An `ema` teacher follows the towers that it reads its views with (He et al. 2020, "Momentum Contrast for Unsupervised
+Visual Representation Learning", eq. 2):
+
+    teacher <- m teacher + (1 - m) towers          after every optimizer step
+    m(k)     = 1 - (1 - m_0) (1 + cos(pi k / K)) / 2     step k of K from 0 (Grill et al. 2020, "Bootstrap Your Own
+                                                         Latent", section 3.2), or m_0 throughout
+
+A `frozen` teacher is a model of its own: a Clew checkpoint or run with its own towers, picture size and tokenizer, or
+an open_clip .safetensors file for towers like those that are trained. Teachers run in evaluation mode: no dropout.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from cl import storage
+from cl.config import Config
+from cl.encoders.checkpoint import checkpoint_config, find_checkpoint, load_checkpoint_model, localised
+from cl.encoders.config import ModelConfig
+from cl.encoders.inputs import Inputs
+from cl.encoders.model import EncoderModel, ViewTensor, build_inputs, build_model
+from cl.errors import ConfigError
+
+
+class _TeacherConfig(Config):
+    views: list[str] | None = Field(None, description="views of the model that it embeds as well; null: all")
+
+
+class EmaTeacherConfig(_TeacherConfig):
+    """A moving average of the towers in training."""
+
+    kind: Literal["ema"] = Field(description="an average of the towers in training")
+    momentum: float = Field(0.996, ge=0, le=1, description="share of the teacher that stays in a step, at the start")
+    momentum_schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: rises to 1 at the end")
+
+    def momentum_at(self, step: int, total_steps: int) -> float:
+        """The momentum of a step, from 0 on."""
+        if self.momentum_schedule == "constant":
+            return self.momentum
+        return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
+
+
+class FrozenTeacherConfig(_TeacherConfig):
+    """A model that does not change."""
+
+    kind: Literal["frozen"] = Field(description="a model that does not change")
+    weights: str = Field(
+        description="a Clew checkpoint or run with towers of its own, or an open_clip .safetensors file for ours"
+    )
+
+    @property
+    def borrows_towers(self) -> bool:
+        """Whether its towers are built like those in training."""
+        return self.weights.endswith(".safetensors")
+
+
+TeacherConfig = Annotated[EmaTeacherConfig | FrozenTeacherConfig, Field(discriminator="kind")]
+
+
+def teacher_view(view: str, teacher: str) -> str:
+    """What a teacher's embedding of a view is called in the batch."""
+    return f"{view}_{teacher}"
+
+
+class Teacher(nn.Module):
+    """A model without gradient that embeds some views of the batch.
+
+    Args:
+        name: as the config calls it.
+        config: its settings.
+        model: towers; they lose their gradients and stay in evaluation mode.
+        model_config: what `model` is built from.
+        views: the views of the batch that it embeds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: EmaTeacherConfig | FrozenTeacherConfig,
+        model: EncoderModel,
+        model_config: ModelConfig,
+        views: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.name, self.config, self.model_config = name, config, model_config
+        self.views = dict(views)
+        self.model = model.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher is always in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of its embeddings in the batch."""
+        return [teacher_view(view, self.name) for view in self.views]
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, ViewTensor], skip: Collection[str] = ()) -> dict[str, Tensor]:
+        """Embeddings [B, D] by the names in `outputs`, those in `skip` left out.
+
+        An input of that very name (of another size, or other tokens) is read in place of the view's own.
+        """
+        found = {}
+        for view, own in self.views.items():
+            output = teacher_view(view, self.name)
+            if output not in skip:
+                found[output] = self.model.encode(own, inputs[output] if output in inputs else inputs[view])
+        return found
+
+    @torch.no_grad()
+    def follow_(self, model: EncoderModel, step: int, total_steps: int) -> None:
+        """Move towards `model` after its optimizer step; `step` of `total_steps` counts from 0. Frozen ones stay."""
+        if not isinstance(self.config, EmaTeacherConfig):
+            return
+        average = get_ema_multi_avg_fn(self.config.momentum_at(step, total_steps))
+        for name, tower in self.model.towers.items():
+            followed = model.towers[name]
+            average(list(tower.parameters()), list(followed.parameters()), 0)
+            for own, theirs in zip(tower.buffers(), followed.buffers(), strict=True):  # statistics of batch norms
+                own.copy_(theirs)
+
+
+def build_teachers(
+    configs: Mapping[str, EmaTeacherConfig | FrozenTeacherConfig], cfg: ModelConfig, model: EncoderModel
+) -> dict[str, Teacher]:
+    """The teachers of a run, on the CPU or wherever `model` is (ema).
+
+    Args:
+        configs: name -> settings.
+        cfg: the model in training.
+        model: its towers, which an ema teacher starts as a copy of.
+
+    Raises:
+        ClewError: weights that are not there or do not fit.
+    """
+    return {name: _build(name, config, cfg, model) for name, config in configs.items()}
+
+
+def _build(name: str, config: EmaTeacherConfig | FrozenTeacherConfig, cfg: ModelConfig, model: EncoderModel) -> Teacher:
+    views = _views(config, cfg)
+    part = cfg.of_views(views)
+    if isinstance(config, EmaTeacherConfig):
+        towers = {tower: copy.deepcopy(model.towers[tower]) for tower in part.towers}
+        own = EncoderModel(towers, part.readers, part.embed_dim)
+        return Teacher(name, config, own, part, {view: view for view in views})
+    if config.borrows_towers:
+        part = part.model_copy(update={"weights": config.weights})
+        return Teacher(name, config, build_model(part), part, {view: view for view in views})
+    own, _, part = load_checkpoint_model(config.weights)
+    return Teacher(name, config, own, part, _own_names(name, config, cfg, part))
+
+
+def _views(config: EmaTeacherConfig | FrozenTeacherConfig, cfg: ModelConfig) -> Sequence[str]:
+    return list(cfg.each_view) if config.views is None else config.views
+
+
+def _own_names(name: str, config: FrozenTeacherConfig, cfg: ModelConfig, own: ModelConfig) -> dict[str, str]:
+    """View of the batch -> the teacher's own view or field that reads it."""
+    found = {}
+    for view in _views(config, cfg):
+        field = str(cfg.each_view[view].of)
+        if view not in own.readers and field not in own.readers:
+            raise ConfigError(
+                f"teachers.{name}: {config.weights} reads neither the view {view!r} nor the field {field!r}; it reads "
+                f"{', '.join(own.readers)}."
+            )
+        found[view] = view if view in own.readers else field
+    return found
+
+
+def with_teachers(
+    inputs: Inputs, configs: Mapping[str, EmaTeacherConfig | FrozenTeacherConfig], cfg: ModelConfig
+) -> Inputs:
+    """The model's inputs, and those of frozen teachers that want other pictures or tokens than the model.
+
+    Such an input is called like the teacher's embedding of the view, and shows what the view shows: it is cropped and
+    coloured by the same random numbers.
+
+    Raises:
+        ClewError: a teacher whose checkpoint is not there or lacks a view.
+    """
+    views, fields, draws = dict(inputs.views), dict(inputs.fields), dict(inputs.draws)
+    for name, config in configs.items():
+        if not isinstance(config, FrozenTeacherConfig):
+            continue
+        if not storage.exists(config.weights):
+            raise ConfigError(f"teachers.{name}: weights {config.weights} do not exist.")
+        if config.borrows_towers:
+            continue
+        with localised(config.weights) as local:
+            own_config = checkpoint_config(find_checkpoint(local))
+            own_inputs = build_inputs(own_config, train=False)
+        for view, own in _own_names(name, config, cfg, own_config).items():
+            theirs, ours = own_inputs.views[own], inputs.views[view]
+            if theirs.modality != ours.modality:
+                raise ConfigError(
+                    f"teachers.{name}: {config.weights} reads {theirs.modality} where the view {view!r} is "
+                    f"{ours.modality}."
+                )
+            wanted = replace(theirs, augmentation=ours.augmentation)  # type: ignore[arg-type]
+            if wanted != ours:
+                output = teacher_view(view, name)
+                views[output], fields[output], draws[output] = wanted, inputs.field_of(view), view
+    return Inputs(views, fields, draws)

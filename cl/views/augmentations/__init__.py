@@ -1,0 +1,1 @@
+"""Augmentations by name, with the values of their papers."""

@@ -169,9 +169,9 @@ class Loader:
     def _fill(self, made: _Pending, first: int, last: int) -> None:
         """Read, decode and augment rows first..last of a batch."""
         samples = made.samples
-        for at in range(first, last):
-            chunk, row = int(samples.chunk[at]), int(samples.row[at])
-            rows = self._reader.rows(chunk)
+        places = [(int(samples.chunk[at]), int(samples.row[at])) for at in range(first, last)]
+        held = [self._reader.rows(chunk) for chunk, _ in places]
+        for at, (_, row), rows in zip(range(first, last), places, held, strict=True):
             made.ids[at], made.content[at], made.weight[at] = rows.ids[row], rows.content[row], 1
             for name, label in made.labels.items():
                 label[at] = rows.labels[name][row]
@@ -179,10 +179,9 @@ class Loader:
             view: mix(self.plan.seed, _AUGMENT, samples.epoch, key, made.ids[first:last, 0], made.ids[first:last, 1])
             for view, key in self._draws.items()
         }
-        for at in range(first, last):
-            chunk, row = int(samples.chunk[at]), int(samples.row[at])
+        for at, (chunk, row), rows in zip(range(first, last), places, held, strict=True):
             for view, texts in made.texts.items():
-                text = self._reader.rows(chunk).text(self.inputs.field_of(view), row)
+                text = rows.text(self.inputs.field_of(view), row)
                 texts[at] = self.inputs.text(view).augmented(text, int(seeds[view][at - first]))
             if not made.images:
                 continue

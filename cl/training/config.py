@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -166,9 +167,9 @@ class TrainConfig(Config):
                 if output in views:
                     raise ValueError(f"teachers.{name} adds the view {output!r}, which there is already")
                 views.append(output)
-        for view in (self.objective.model_extra or {}).get("views") or []:
+        for place, view in _views_named(self.objective.model_dump(), "objective"):
             if view not in views:
-                raise ValueError(f"objective.views names {view!r}, but the views are {', '.join(views)}")
+                raise ValueError(f"{place} names {view!r}, but the views are {', '.join(views)}")
         return self
 
     @property
@@ -188,3 +189,13 @@ class TrainConfig(Config):
             return -(-self.samples // self.batch_size)
         assert self.epochs is not None
         return self.epochs * steps_per_epoch
+
+
+def _views_named(fields: Any, place: str) -> Iterator[tuple[str, str]]:
+    """(field, view) for every view that an objective, or one within it, names in a field `views`."""
+    if not isinstance(fields, dict):
+        return
+    for name, value in fields.items():
+        if name == "views" and isinstance(value, (list, tuple)):
+            yield from ((f"{place}.views", view) for view in value if isinstance(view, str))
+        yield from _views_named(value, f"{place}.{name}")

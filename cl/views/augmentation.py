@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from cl.config import Config
+from cl.config import Config, parse_config
 from cl.errors import ConfigError
 from cl.registry import Registry
 
@@ -38,9 +38,10 @@ def named(value: Any) -> Any:
         raise ValueError("an augmentation is a name such as simclr, or a mapping with the field name")
     try:
         registered = AUGMENTATIONS[str(fields["name"])]
+        own = {**registered.model_dump(), **fields}
+        return parse_config(type(registered), own, where=f"augmentation {registered.name!r}")
     except ConfigError as error:
         raise ValueError(str(error)) from error  # so that the error says which field it is
-    return type(registered).model_validate({**registered.model_dump(), **fields})
 
 
 AnyAugmentation = Annotated[SerializeAsAny[Augmentation], BeforeValidator(named)]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cl.config import parse_config
 from cl.engine.collectives import Workers
@@ -18,7 +20,7 @@ from cl.training.config import TrainConfig
 from cl.training.loop import train_worker
 from cl.training.metrics import read_metrics
 from tests.distributed.pool import Pool
-from tests.training_corpus import tiny_run, write_corpus
+from tests.training_corpus import TINY_MODEL, tiny_run, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,54 @@ def test_micro_batches_do_not_change_the_loss(pool: Pool, corpus: str, tmp_path:
     cached = losses(pool, size, tiny_run(corpus, tmp_path / "cached", micro_batch=3))
     for whole, parts in zip(one, cached, strict=True):
         assert parts == pytest.approx(whole, rel=1e-9, abs=1e-9)
+
+
+def self_distilled() -> dict[str, Any]:
+    """Pictures against captions, and a strongly augmented view against an average's view of the weak one."""
+    views = {**TINY_MODEL["views"], "strong": {"tower": "image", "of": "image", "augment": "simclr"}}
+    terms = {
+        "clip": {"objective": {"name": "infonce", "views": ["image", "text"]}},
+        "self": {"objective": {"name": "infonce", "views": ["strong", "image_ema"]}},
+    }
+    return {
+        "model": TINY_MODEL | {"views": views},
+        "objective": {"name": "sum", "terms": terms},
+        "teachers": {"ema": {"kind": "ema", "views": ["image"], "momentum": 0.8}},
+    }
+
+
+def all_figures(pool: Pool, size: int, fields: dict[str, Any]) -> list[list[float]]:
+    """Loss, gradient norm and the loss of each term, of each step."""
+    assert pool.run(run_worker, size, fields) == [fields["steps"]] * size
+    names = ["loss", "grad_norm", "clip/loss", "self/loss"]
+    return [[record[name] for name in names] for record in read_metrics(Path(fields["out"]) / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(("size", "micro_batch"), [(2, None), (3, None), (2, 3)])
+def test_views_and_a_following_teacher_are_the_same_for_any_number_of_workers(
+    pool: Pool, corpus: str, tmp_path: Path, size: int, micro_batch: int | None
+) -> None:
+    """One worker's losses, step by step, on more of them and with gradient caching; the averages end alike as well."""
+    one = all_figures(pool, 1, tiny_run(corpus, tmp_path / "one", **self_distilled()))
+    many = all_figures(pool, size, tiny_run(corpus, tmp_path / "many", **self_distilled(), micro_batch=micro_batch))
+    assert one[-1][2] < one[0][2] - 0.1  # it learns, from captions and from its teacher
+    assert one[-1][3] < one[0][3] - 0.1
+    for alone, shared in zip(one, many, strict=True):
+        assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
+    teachers = [tmp_path / run / "checkpoints" / "step-00000020" / "teachers" / "ema" for run in ("one", "many")]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in teachers)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in ours)
+
+
+def test_a_teacher_on_another_number_of_workers_goes_on(pool: Pool, corpus: str, tmp_path: Path) -> None:
+    """10 steps on two workers, then 10 on one, equal 20 on one."""
+    fields = self_distilled() | {"schedule": {"kind": "constant"}}
+    fields["teachers"]["ema"]["momentum_schedule"] = "constant"
+    one = all_figures(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
+    moved = tiny_run(corpus, tmp_path / "moved", **fields)
+    assert pool.run(run_worker, 2, moved | {"steps": 10}) == [10, 10]
+    for alone, shared in zip(one, all_figures(pool, 1, moved), strict=True):
+        assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
 
 
 def test_resume_on_another_number_of_workers(pool: Pool, corpus: str, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from cl.batches.labels import code_of
 from cl.config import parse_config
-from cl.encoders import EncoderModel
+from cl.encoders import EncoderModel, load_checkpoint_model
 from cl.errors import ClewError, ConfigError, DataError
+from cl.pairs import Clock, Pairs
 from cl.training.callbacks import CALLBACKS, Callback, Progress
 from cl.training.config import TrainConfig
 from cl.training.finite import DivergedError
@@ -90,6 +92,90 @@ def test_killed_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, pr
     result = train(cut.model_copy(update={"callbacks": []}), resume=True)
     assert result.resumed_from == 10
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+MANY_VIEWS: dict[str, Any] = {
+    "image": "image",
+    "strong": {"tower": "image", "of": "image", "augment": "simclr"},
+    "text": "text",
+}
+
+
+def self_distilled(out: Path) -> dict[str, Any]:
+    """Fields of a run whose loss compares texts with pictures, and a strong view with an average's view of the weak."""
+    terms = {
+        "clip": {"objective": {"name": "infonce", "views": ["image", "text"]}},
+        "self": {"objective": {"name": "infonce", "views": ["strong", "image_ema"]}},
+    }
+    model = json.loads(json.dumps(tiny_run("", out)["model"])) | {"views": MANY_VIEWS}
+    model["towers"]["image"]["config"]["patch_dropout"] = 0.5
+    return {
+        "model": model,
+        "objective": {"name": "sum", "terms": terms},
+        "teachers": {"ema": {"kind": "ema", "views": ["image"], "momentum": 0.8}},
+    }
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_a_teacher_goes_on_where_it_was(corpus: str, tmp_path: Path, micro_batch: int | None) -> None:
+    """Killed and resumed equals uninterrupted, bitwise: augmented views, dropout, and an average that follows."""
+    fields = self_distilled(tmp_path) | {"micro_batch": micro_batch}
+    train(config(corpus, tmp_path / "whole", **fields))
+    cut = config(corpus, tmp_path / "cut", **fields, callbacks=[{"name": "die_at"}])
+    with pytest.raises(Killed):
+        train(cut)
+    result = train(cut.model_copy(update={"callbacks": []}), resume=True)
+    assert result.resumed_from == 10
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    whole, resumed = (
+        load_checkpoint_model(tmp_path / run / "checkpoints" / "step-00000020" / "teachers" / "ema")[0].state_dict()
+        for run in ("whole", "cut")
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    towers = load_checkpoint_model(tmp_path / "whole")[0].state_dict()
+    assert not any(torch.equal(value, towers[name]) for name, value in whole.items() if value.numel() > 1)
+
+
+SEEN: list[Pairs] = []
+
+
+@CALLBACKS.register("see_pairs", "test: keep what the objective is given")
+class SeePairs(Callback):
+    def on_start(self, progress: Progress) -> None:
+        SEEN.clear()
+        progress.objective.register_forward_pre_hook(lambda module, inputs: SEEN.append(inputs[0]))
+
+
+def test_what_an_objective_sees(corpus: str, tmp_path: Path) -> None:
+    """Views of teachers, labels and the clock, whole and cached."""
+    fields = self_distilled(tmp_path) | {"steps": 8, "labels": {"source": "source", "bytes": "length"}}
+    for run, micro_batch in (("whole", None), ("cached", 5)):
+        train(config(corpus, tmp_path / run, **fields, micro_batch=micro_batch, callbacks=[{"name": "see_pairs"}]))
+        assert [list(pairs.views) for pairs in SEEN] == [["image", "strong", "text", "image_ema"]] * 8
+        # 90 samples in steps of 16: 6 steps an epoch, so that 8 steps are in two epochs.
+        assert [pairs.clock for pairs in SEEN] == [Clock(step, 8, step // 6, 2) for step in range(8)]
+        assert not SEEN[3].views["image_ema"].requires_grad
+        weight = SEEN[5].weights()
+        assert weight.sum() == 10
+        codes = SEEN[5].label("source")
+        assert (codes[weight > 0] == code_of("squares")).all()
+        assert not codes[weight == 0].any()
+        assert (SEEN[5].label("bytes")[weight > 0] > 100).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": {"x": "colour"}}, "labels.x names the column 'colour'"),
+        ({"teachers": {"t": {"kind": "frozen", "weights": "/nowhere"}}}, "teachers.t: weights /nowhere do not exist"),
+    ],
+)
+def test_labels_and_teachers_are_checked_before_anything_is_written(
+    corpus: str, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ClewError, match=words):
+        train(config(corpus, tmp_path / "run", **change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_checkpoint_costs_steps_not_the_run(corpus: str, tmp_path: Path) -> None:

@@ -319,6 +319,11 @@ _list_command(
     lambda: _load("cl.recipes:recipe_rows")(),
 )
 _list_command(
+    "augmentations",
+    "List the augmentations of images and texts that a view can name.",
+    lambda: _load("cl.views.augmentation:AUGMENTATIONS").rows(),
+)
+_list_command(
     "stages",
     "List the stages of curation that can be named.",
     lambda: _load("pipelines.stages.registry:STAGES").rows(),

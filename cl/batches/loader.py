@@ -92,7 +92,7 @@ class Loader:
         self.start, self.steps, self.workers, self.prefetch = start, steps, workers, prefetch
         self.pin_memory, self.labels = pin_memory, labels
         self._fields = inputs.distinct_fields()
-        self._draws = {view: inputs.draw_key(view) for view in inputs.views}
+        self._draws = {view: inputs.draw_key(view) for view, spec in inputs.views.items() if spec.augmentation}
         self._quarantine = Quarantine(Path(quarantine) if quarantine is not None else None)
         self._reader = CorpusReader(plan, self._fields, cache_mib, labels)
 
@@ -175,17 +175,21 @@ class Loader:
             made.ids[at], made.content[at], made.weight[at] = rows.ids[row], rows.content[row], 1
             for name, label in made.labels.items():
                 label[at] = rows.labels[name][row]
-        seeds = {
+        draws = {
             view: mix(self.plan.seed, _AUGMENT, samples.epoch, key, made.ids[first:last, 0], made.ids[first:last, 1])
             for view, key in self._draws.items()
         }
+        texts = [
+            (self.inputs.field_of(view), self.inputs.text(view), draws.get(view), shown)
+            for view, shown in made.texts.items()
+        ]
+        specs = [(self.inputs.image(view), draws.get(view)) for view in made.images]
         for at, (chunk, row), rows in zip(range(first, last), places, held, strict=True):
-            for view, texts in made.texts.items():
-                text = rows.text(self.inputs.field_of(view), row)
-                texts[at] = self.inputs.text(view).augmented(text, int(seeds[view][at - first]))
-            if not made.images:
+            for field, text, seeds, shown in texts:
+                shown[at] = text.augmented(rows.text(field, row), 0 if seeds is None else int(seeds[at - first]))
+            if not specs:
                 continue
-            wanted = [self.inputs.image(view).wanted(int(seeds[view][at - first])) for view in made.images]
+            wanted = [image.wanted(0 if seeds is None else int(seeds[at - first])) for image, seeds in specs]
             try:
                 pictures = load_views(self._reader.image(chunk, row), wanted)
             except UnreadableImageError as error:

@@ -59,7 +59,7 @@ class ImageAugmentation(Augmentation):
 
     def apply(self, picture: Image.Image, seed: int) -> Image.Image:
         """Everything but the crop (`cl.views.images.crop_box`) on an RGB picture; the seed fixes the result."""
-        if uniforms(seed ^ _FLIP, 1)[0] < self.flip:
+        if self.flip and uniforms(seed ^ _FLIP, 1)[0] < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if not (self.jitter or self.grey or self.blur or self.solarise):
             return picture

@@ -67,12 +67,9 @@ def load_views(data: bytes, views: Sequence[Wanted]) -> list[np.ndarray]:
         UnreadableImageError: not an image, truncated, or more than MAX_PIXELS.
     """
     decoded = _decode_jpeg(data, views) if data[:2] == b"\xff\xd8" else None
-    picture, (width, height) = decoded or _decode_any(data)
-    x, y = picture.width / width, picture.height / height
+    picture, boxes = decoded or _decode_any(data, views)
     made = []
-    for size, augmentation, seed in views:
-        left, top, right, bottom = crop_box(width, height, augmentation, seed)
-        box = (left * x, top * y, min(right * x, picture.width), min(bottom * y, picture.height))
+    for (size, augmentation, seed), box in zip(views, boxes, strict=True):
         view = picture
         if view.size != (size, size) or box != (0, 0, size, size):
             view = view.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -97,8 +94,12 @@ def load_image(data: bytes, size: int, augmentation: ImageAugmentation | None = 
     return load_views(data, [Wanted(size, augmentation, seed)])[0]
 
 
-def _decode_jpeg(data: bytes, views: Sequence[Wanted]) -> tuple[Image.Image, tuple[int, int]] | None:
-    """A JPEG at the smallest scale that is enough for all views, and its full size (width, height) in pixels.
+def _boxes(width: int, height: int, views: Sequence[Wanted]) -> list[Box]:
+    return [crop_box(width, height, view.augmentation, view.seed) for view in views]
+
+
+def _decode_jpeg(data: bytes, views: Sequence[Wanted]) -> tuple[Image.Image, list[Box]] | None:
+    """A JPEG at the smallest scale that is enough for all views, and the views' crops there.
 
     None if libjpeg does not like it; PIL then decides.
     """
@@ -106,19 +107,23 @@ def _decode_jpeg(data: bytes, views: Sequence[Wanted]) -> tuple[Image.Image, tup
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
             raise UnreadableImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-        boxes = [(view.size, crop_box(width, height, view.augmentation, view.seed)) for view in views]
+        boxes = _boxes(width, height, views)
+        crops = [(view.size, box[2] - box[0], box[3] - box[1]) for view, box in zip(views, boxes, strict=True)]
         pixels = simplejpeg.decode_jpeg(
             data,
             "RGB",
-            min_width=min(width, max(math.ceil(width * size / (box[2] - box[0])) for size, box in boxes)),
-            min_height=min(height, max(math.ceil(height * size / (box[3] - box[1])) for size, box in boxes)),
+            min_width=min(width, max(math.ceil(width * size / crop_width) for size, crop_width, _ in crops)),
+            min_height=min(height, max(math.ceil(height * size / crop_height) for size, _, crop_height in crops)),
         )
     except ValueError:
         return None
-    return Image.fromarray(pixels), (width, height)
+    picture = Image.fromarray(pixels)
+    x, y = picture.width / width, picture.height / height
+    scaled = [(a * x, b * y, min(c * x, picture.width), min(d * y, picture.height)) for a, b, c, d in boxes]
+    return picture, scaled
 
 
-def _decode_any(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+def _decode_any(data: bytes, views: Sequence[Wanted]) -> tuple[Image.Image, list[Box]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of bombs and odd metadata; the bound below decides
@@ -134,7 +139,7 @@ def _decode_any(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
         reason = " ".join(str(error).split())
         reason = "not an image in a known format" if "cannot identify" in reason else reason
         raise UnreadableImageError(reason or type(error).__name__) from error
-    return _rgb(image), image.size
+    return _rgb(image), _boxes(image.width, image.height, views)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

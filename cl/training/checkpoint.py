@@ -4,6 +4,7 @@
       model.safetensors, towers/   the model; `cl.encoders.load_checkpoint_model` needs nothing else of the run
       config.yaml                  the run's config
       teachers/NAME/               a teacher that follows the model: a checkpoint that stands alone as well
+      tables/                      what the objective keeps for each sample, a file a worker (`cl.memory.shards`)
       trainer.pt                   optimizer, objective, step, data position; read with weights_only=True
       manifest.json                size and blake3 of each file, written last
 
@@ -20,7 +21,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +42,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 TRAINER = "trainer.pt"
 TEACHERS = "teachers"
+TABLES = "tables"
 FORMAT = "clew-checkpoint"
 _PREFIX = "step-"
 
@@ -53,7 +55,8 @@ class Checkpoint:
     step: int
     files: dict[str, dict[str, Any]]  # name -> {"bytes": int, "blake3": hex}
 
-    def _read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
+        """The bytes of one file, checked against the manifest."""
         fs, path = storage.open_fs(storage.join(self.url, name))
         try:
             data = fs.cat_file(path)
@@ -66,7 +69,7 @@ class Checkpoint:
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The model's tensors by name, on the CPU."""
-        return load_safetensors(self._read(MODEL))
+        return load_safetensors(self.read(MODEL))
 
     def teacher_state(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a teacher by name, on the CPU.
@@ -77,11 +80,11 @@ class Checkpoint:
         file = f"{TEACHERS}/{name}/{MODEL}"
         if file not in self.files:
             raise DataError(f"{self.url} holds no teacher {name!r}.")
-        return load_safetensors(self._read(file))
+        return load_safetensors(self.read(file))
 
     def trainer_state(self) -> dict[str, Any]:
         """Everything but the model; tensors on the CPU."""
-        return torch.load(io.BytesIO(self._read(TRAINER)), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(self.read(TRAINER)), map_location="cpu", weights_only=True)
 
     def verify(self) -> None:
         """Read every file once and compare it with the manifest.
@@ -90,7 +93,7 @@ class Checkpoint:
             DataError: a file is missing or damaged.
         """
         for name in self.files:
-            self._read(name)
+            self.read(name)
 
 
 def save_checkpoint(
@@ -101,6 +104,7 @@ def save_checkpoint(
     trainer: dict[str, Any],
     config_yaml: str,
     teachers: Mapping[str, tuple[EncoderModel, ModelConfig]] = MappingProxyType({}),
+    tables: Sequence[str] = (),
 ) -> str:
     """Write a checkpoint and return its URL; one that is there for the same step is replaced.
 
@@ -112,6 +116,7 @@ def save_checkpoint(
         trainer: what `Checkpoint.trainer_state` gives back.
         config_yaml: the run's config.
         teachers: further models and what they are built from, by name.
+        tables: files that the workers have written below `tables_folder(root, step)`; they are moved.
 
     Raises:
         DataError: the place cannot be written or the disk is full.
@@ -122,6 +127,7 @@ def save_checkpoint(
         for name, (teacher, teacher_config) in teachers.items():
             save_model(teacher, teacher_config, folder / TEACHERS / name)
         try:
+            _fetch_tables(tables_folder(root, step), tables, folder / TABLES)
             (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
             torch.save(trainer, folder / TRAINER)
             names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -132,6 +138,21 @@ def save_checkpoint(
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             raise _write_error(url, error) from error
     return url
+
+
+def tables_folder(root: str, step: int) -> str:
+    """Where all workers write their files of per-sample tables before the checkpoint takes them in."""
+    return storage.join(root, f"{storage.TEMPORARY}{TABLES}-{step:08d}")
+
+
+def _fetch_tables(source: str, names: Sequence[str], folder: Path) -> None:
+    if not names:
+        return
+    fs, path = storage.open_fs(source)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        fs.get_file(f"{path}/{name}", str(folder / name))
+    fs.rm(path, recursive=True)
 
 
 def _write_error(url: str, error: OSError | RuntimeError) -> DataError:

@@ -199,9 +199,10 @@ class _Run:
         )
 
     def _checkpoint(self) -> str:
-        """Commit a checkpoint (first worker) and return its URL."""
+        """Commit a checkpoint (all workers their tables, the first the rest) and return its URL."""
+        tables = self.state.save_tables(self.cfg)
         if self.leads:
-            self.state.save(self.cfg, self.length.steps, self.plan.at(self.state.step))
+            self.state.save(self.cfg, self.length.steps, self.plan.at(self.state.step), tables)
         return storage.join(self.cfg.checkpoint_url, f"step-{self.state.step:08d}")
 
     def _result(self, checkpoint: str) -> TrainResult:

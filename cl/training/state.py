@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -9,7 +10,8 @@ from torch.optim import Optimizer
 from cl.config import dump_config
 from cl.encoders.teacher import EmaTeacherConfig
 from cl.errors import DataError
-from cl.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
+from cl.memory.shards import everyones, load_tables, save_tables, tables_of
+from cl.training.checkpoint import TABLES, Checkpoint, prune_checkpoints, save_checkpoint, tables_folder
 from cl.training.config import TrainConfig
 from cl.training.step import TrainStep
 
@@ -49,15 +51,30 @@ class RunState:
             teacher.model.load_state_dict(checkpoint.teacher_state(name))
         self.module.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+        names = [name.removeprefix(f"{TABLES}/") for name in checkpoint.files if name.startswith(f"{TABLES}/")]
+        load_tables(self.module.objective, names, lambda name: checkpoint.read(f"{TABLES}/{name}"), self.module.workers)
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def save(self, cfg: TrainConfig, total_steps: int, position: tuple[int, int]) -> None:
+    def save_tables(self, cfg: TrainConfig) -> list[str]:
+        """Write what the objective keeps for each sample; all workers do it, before one of them saves.
+
+        Returns:
+            the names of all workers' files.
+        """
+        module = self.module
+        if not tables_of(module.objective):
+            return []
+        names = save_tables(module.objective, tables_folder(cfg.checkpoint_url, self.step), module.workers)
+        return everyones(names, module.workers)
+
+    def save(self, cfg: TrainConfig, total_steps: int, position: tuple[int, int], tables: Sequence[str] = ()) -> None:
         """Commit a checkpoint and delete those that need not be kept; one worker does it.
 
         Args:
             cfg: the run.
             total_steps: its length.
             position: (epoch, step of the epoch) of the next batch.
+            tables: what `save_tables` gave.
         """
         epoch, within = position
         state = {
@@ -73,7 +90,7 @@ class RunState:
         }
         teachers = {name: (teacher.model, teacher.model_config) for name, teacher in self._followers().items()}
         root = cfg.checkpoint_url
-        save_checkpoint(root, self.step, self.module.model, cfg.model, state, dump_config(cfg), teachers)
+        save_checkpoint(root, self.step, self.module.model, cfg.model, state, dump_config(cfg), teachers, tables)
         prune_checkpoints(root, cfg.checkpoint.keep_last, self.step)
 
     def _followers(self) -> dict:

@@ -123,6 +123,28 @@ def test_resume_on_another_number_of_workers(pool: Pool, corpus: str, tmp_path: 
         assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["sogclr", "isogclr"])
+def test_numbers_kept_for_each_sample_go_on_with_any_number_of_workers(
+    pool: Pool, corpus: str, tmp_path: Path, name: str
+) -> None:
+    """7 steps on two workers, 6 on one and 7 on three equal 20 on one; an epoch is 6 steps, so samples come again."""
+    fields = {"objective": {"name": name}, "schedule": {"kind": "constant"}}
+    one = losses_alone(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
+    moved = tiny_run(corpus, tmp_path / "moved", **fields)
+    assert pool.run(run_worker, 2, moved | {"steps": 7}) == [7, 7]
+    assert pool.run(run_worker, 1, moved | {"steps": 13}) == [13]
+    for alone, shared in zip(one, losses_alone(pool, 3, moved), strict=True):
+        assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
+    assert not list((tmp_path / "moved" / "checkpoints").glob(".tmp-*"))
+
+
+def losses_alone(pool: Pool, size: int, fields: dict[str, Any]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    assert pool.run(run_worker, size, fields) == [fields["steps"]] * size
+    records = read_metrics(Path(fields["out"]) / "metrics.jsonl")
+    return [(record["loss"], record["grad_norm"]) for record in records]
+
+
 def test_clipping_uses_the_norm_of_the_averaged_gradient(pool: Pool, corpus: str, tmp_path: Path) -> None:
     """Clipped hard from the first step on, the workers still take the very step of one worker."""
     fields = {"clip_norm": 0.05, "steps": 8, "optimizer": {"lr": 3e-3, "eps": 1.0}}  # a large eps lets the scale show

@@ -131,7 +131,14 @@ def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_bat
         return Outcome(judged[0].loss, judged[0].metrics)
 
     chunks = [batch.rows(slice(i, i + micro_batch)) for i in range(0, max(len(batch), 1), micro_batch)]
-    cached = CachedBatch(module, chunks, device=batch.weight.device, frozen=step.frozen_views(), wrapper=module)
+    cached = CachedBatch(
+        module,
+        chunks,
+        device=batch.weight.device,
+        groups=[(view,) for view in batch.views],  # a tower at a time: the memory of the larger one
+        frozen=step.frozen_views(),
+        wrapper=module,
+    )
     outcome = cached.evaluate(objective, list(step.objective.parameters()))
     cached.backward()
     return judged[0]._replace(loss=outcome.loss)

@@ -54,12 +54,12 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, seconds: float = 120) -> list[Any]:
         for pipe in self.pipes[:size]:
             pipe.send((function, size, arguments))
         answers = []
         for rank, pipe in enumerate(self.pipes[:size]):
-            if not pipe.poll(120):
+            if not pipe.poll(seconds):
                 raise TimeoutError(f"worker {rank} of {size} did not answer")
             answers.append(pickle.loads(pipe.recv_bytes()))
         for rank, (right, value) in enumerate(answers):

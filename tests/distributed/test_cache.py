@@ -101,6 +101,21 @@ def test_dropout_draws_the_same_masks_in_both_passes() -> None:
         torch.testing.assert_close(gradients(cached)[name], value, rtol=1e-10, atol=1e-13)
 
 
+def test_random_numbers_that_cannot_be_replayed_are_refused() -> None:
+    """Else the gradient would be wrong, and nobody would see it."""
+    towers = Towers(0.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def encode(chunk: dict[str, Tensor], skip: Collection[str]) -> dict[str, Tensor]:
+        kept = {k: x * (torch.rand(x.shape, generator=generator) > 0.3) for k, x in chunk.items()}
+        return towers(kept, skip)
+
+    cached = CachedBatch(encode, chunked(data(12, seed=2), 4), device=CPU)
+    cached.evaluate(lambda views: towers.objective(Pairs(views), Workers()))
+    with pytest.raises(ConfigError, match="random numbers"):
+        cached.backward()
+
+
 def test_frozen_view_is_encoded_once() -> None:
     towers = Towers(0.0)
     towers.text.requires_grad_(False)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +61,16 @@ def test_own_objective_in_twenty_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     found: tuple[Tensor, ...] = torch.autograd.grad(loss, (a, b))
     for gradient, reference in zip(found, torch.autograd.grad(expected, (a, b)), strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-9)
+
+
+def test_cached_batch_equals_the_whole_one() -> None:
+    guide: dict[str, Any] = {}
+    exec(compile(block("CachedBatch(encode"), "guide", "exec"), guide)
+    parameters = [*guide["towers"].parameters(), *guide["objective"].parameters()]
+    found = [parameter.grad for parameter in parameters]
+    whole = guide["encode"]({"image": guide["images"], "text": guide["texts"]}, ())
+    outcome = guide["objective"](Pairs(whole), Workers())
+    expected = torch.autograd.grad(outcome.loss, parameters)
+    assert outcome.loss.item() == pytest.approx(guide["outcome"].loss.item(), rel=1e-6)
+    for slope, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(slope, right, rtol=1e-3, atol=1e-6)

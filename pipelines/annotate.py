@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from cl.errors import DataError
 from pipelines.plan import Plan, Step
 from pipelines.run_steps import SECONDS, FragmentView
 from pipelines.stages.base import GlobalStage
+from pipelines.stages.keyed import KeyedStage
 from pipelines.stages.locate import Locate
 from pipelines.write import plain
 
@@ -121,11 +123,11 @@ def node_seconds(plan: Plan, number: int) -> float:
     node = plan.nodes[number]
     files = [plan.file(Step(number, "run"), fragment) for fragment in range(len(plan.corpus.fragments))]
     seconds = 0.0
-    if isinstance(node.stage, GlobalStage):
-        files += [plan.file(Step(number, "partial"), fragment) for fragment in range(len(plan.corpus.fragments))]
-        done = storage.join(plan.folder(number, "reduced"), "done.json")
-        if storage.exists(done):
-            seconds += float(storage.read_json(done)["seconds"])
+    if isinstance(node.stage, (GlobalStage, KeyedStage)):
+        done = storage.read_json(storage.join(plan.folder(number, "reduced"), "done.json"))
+        seconds += float(done["seconds"])
+        then = replace(plan, partitions=done.get("partitions", 1))  # how it was computed, perhaps in an earlier run
+        files += [then.file(Step(number, "partial"), fragment) for fragment in range(len(plan.corpus.fragments))]
     for url in files:
         with storage.open_parquet(url) as file:
             seconds += float((file.schema_arrow.metadata or {}).get(SECONDS, b"0"))

@@ -43,6 +43,11 @@ class CurateConfig(Config):
     stages: Stages = Field(description="stages in order, each `name: {fields}`; see `clew stages`")
     write: WriteConfig = Field(default_factory=WriteConfig, description="layout of the curated corpus")
     cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray; None: all cores")
+    partitions: int | None = Field(
+        None,
+        ge=1,
+        description="tasks a global step is spread over; None: one for 50,000 samples; changes no result",
+    )
 
 
 class CurateResult(BaseModel):
@@ -106,7 +111,8 @@ def _plan(cfg: CurateConfig, corpus: Corpus, out: str) -> tuple[Plan, list[str]]
         stages.insert(0, Locate())
     listed = build_plan(corpus, stages, out, cfg.seed, model)
     columns = carried(listed, cfg.write)
-    return build_plan(corpus, [*stages, Placement(settings=cfg.write)], out, cfg.seed, model), columns
+    complete = [*stages, Placement(settings=cfg.write)]
+    return build_plan(corpus, complete, out, cfg.seed, model, cfg.partitions), columns
 
 
 def run_key(plan: Plan, write: WriteConfig) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,10 @@ from cl.errors import ClewError, DataError, user_error
 from cl.progress import progress
 from pipelines.plan import Plan, Step, pools, segments
 from pipelines.ray_data import prepare_ray_data
-from pipelines.run_steps import FragmentView, run_steps
+from pipelines.rounds import on_ray, run_rounds
+from pipelines.run_steps import NodeColumns, run_steps
 from pipelines.stages.base import Context, GlobalStage
+from pipelines.stages.keyed import KeyedStage
 
 BLOCKS_A_CORE = 8  # of a pass: enough to even out the load, few enough for Ray Data's cost of some 20 ms a block
 
@@ -35,7 +37,8 @@ def execute(plan: Plan, extras: dict[int, list[Extra]], start: int = 0, stop: in
         extras: number of a segment -> what else its pass does on each fragment, after its steps.
     """
     for number, steps in list(enumerate(segments(plan)))[start:stop]:
-        run_pass(plan, steps, extras.get(number, []))
+        done = steps[-1].action == "partial" and plan.reduced(steps[-1].node)
+        run_pass(plan, steps[:-1] if done else steps, extras.get(number, []))
         if steps[-1].action == "partial" and number + 1 != stop:
             reduce_node(plan, steps[-1].node)
 
@@ -44,8 +47,7 @@ def pending(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> list[
     """Fragments of which a step's or an extra's file is missing."""
     there = {}
     for step in steps:
-        kind = "partial" if step.action == "partial" else "rows"
-        folder = plan.folder(step.node, kind)
+        folder = plan.step_folder(step)
         storage.sweep_temporary(folder)
         there[step] = set(storage.list_files(folder, ".parquet"))
     missing = []
@@ -187,16 +189,25 @@ def user_errors() -> Iterator[None]:
         raise cause from None
 
 
-class _NodeColumns:
-    """`Columns` of a reduction: the rows that the node's partials saw."""
+class _Partials(Sequence[pa.Table]):
+    """A node's partials by fragment, each read when it is asked for: a reduction that goes through them holds one."""
 
     def __init__(self, plan: Plan, node: int) -> None:
-        self.plan, self.node = plan, plan.nodes[node]
+        self.plan, self.step = plan, Step(node, "partial")
 
-    def read(self, fragment: int, column: str) -> pa.ChunkedArray:
-        view = FragmentView(self.plan, fragment)
-        source = self.plan.columns[column] if column not in self.node.sources else self.node.sources[column]
-        return view.column(column, source, view.alive(self.node.after))
+    def __len__(self) -> int:
+        return len(self.plan.corpus.fragments)
+
+    @overload
+    def __getitem__(self, fragment: int) -> pa.Table: ...
+    @overload
+    def __getitem__(self, fragment: slice) -> list[pa.Table]: ...
+    def __getitem__(self, fragment: int | slice) -> pa.Table | list[pa.Table]:
+        if isinstance(fragment, slice):
+            return [self[each] for each in range(len(self))[fragment]]
+        if not 0 <= fragment < len(self):
+            raise IndexError(fragment)
+        return storage.read_table(self.plan.file(self.step, fragment)).replace_schema_metadata(None)
 
 
 def reduce_partials(plan: Plan, number: int) -> None:
@@ -205,10 +216,9 @@ def reduce_partials(plan: Plan, number: int) -> None:
     assert isinstance(stage, GlobalStage)
     start = time.perf_counter()
     fragments = range(len(plan.corpus.fragments))
-    partials = [storage.read_table(plan.file(Step(number, "partial"), fragment)) for fragment in fragments]
     result = stage.reduce(
-        [partial.replace_schema_metadata(None) for partial in partials],
-        Context(_NodeColumns(plan, number), plan.corpus.kind, plan.seed, len(fragments)),
+        _Partials(plan, number),
+        Context(NodeColumns(plan, number), plan.corpus.kind, plan.seed, len(fragments)),
     )
     folder = plan.folder(number, "reduced")
     if isinstance(result, pa.Table):
@@ -226,18 +236,20 @@ def reduce_partials(plan: Plan, number: int) -> None:
 
 
 def reduce_node(plan: Plan, number: int) -> None:
-    """Reduce a global stage's partials in one task, unless that is done.
+    """Reduce a global stage's partials, in one task or in the rounds of a keyed stage, unless that is done.
 
     Raises:
         ClewError: what the reduction raised for the user.
     """
-    folder = plan.folder(number, "reduced")
-    if storage.exists(storage.join(folder, "done.json")):
+    if plan.reduced(number):
         return
     import ray
 
-    storage.sweep_temporary(folder)
-    name = plan.nodes[number].name.replace("_", " ")
-    with progress(f"Reducing {name}", total=1, unit="steps") as bar, user_errors():
-        ray.get(ray.remote(num_cpus=1, max_retries=3)(reduce_partials).remote(plan, number))
+    storage.sweep_temporary(plan.folder(number, "reduced"))
+    node = plan.nodes[number]
+    with progress(f"Reducing {node.name.replace('_', ' ')}", total=1, unit="steps") as bar, user_errors():
+        if isinstance(node.stage, KeyedStage):
+            run_rounds(plan, number, on_ray(plan, number))
+        else:
+            ray.get(ray.remote(num_cpus=1, max_retries=3)(reduce_partials).remote(plan, number))
         bar.advance(1)

@@ -15,6 +15,16 @@ def keyed_hash(seed: int, ids: Iterable[str], purpose: str = "") -> np.ndarray:
     return np.array([digest(value.encode(), seed=key) for value in ids], dtype=np.uint64)
 
 
+def mix(words: np.ndarray) -> np.ndarray:
+    """uint64 of any shape: a bijection that spreads every bit over all others (the finaliser of MurmurHash3)."""
+    out = words ^ (words >> np.uint64(33))
+    out *= np.uint64(0xFF51AFD7ED558CCD)
+    out ^= out >> np.uint64(33)
+    out *= np.uint64(0xC4CEB9FE1A85EC53)
+    out ^= out >> np.uint64(33)
+    return out
+
+
 def id_words(ids: Iterable[str]) -> np.ndarray:
     """uint64 [n, 2]: 32 hex digits as two numbers whose order is that of the text."""
     data = bytes.fromhex("".join(ids))

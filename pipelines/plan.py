@@ -32,8 +32,11 @@ from cl.config import config_digest, parse_config
 from cl.corpus import Corpus, sample_schema
 from cl.errors import ConfigError, DataError
 from pipelines.stages.base import GlobalStage, PixelStage, RowStage, Stage, require_kind
+from pipelines.stages.keyed import KeyedStage
 from pipelines.stages.registry import STAGES
 
+PARTITION_ROWS = 50_000  # rows of the corpus that one partition of a keyed stage stands for ...
+MAX_PARTITIONS = 1024  # ... up to this many partitions
 RESERVED = ("row", "drop", "broken", "drop_stage", "drop_reason", "quarantined", "lane")
 Action = Literal["run", "partial", "apply"]
 
@@ -76,14 +79,26 @@ class Plan:
     nodes: list[Node]
     base: pa.Schema  # columns of the corpus
     columns: dict[str, int | None] = field(default_factory=dict)  # every column at the end -> the node that wrote it
+    partitions: int = 1  # of keyed stages; no part of any key, as it changes no result
 
     def folder(self, node: int, kind: str) -> str:
-        """Where a node keeps its files: kind is `rows`, `partial` or `reduced`."""
+        """Where a node keeps its files: kind is `rows`, `partial`, `reduced` or `shuffle-P`."""
         return storage.join(self.out, ".nodes", self.nodes[node].key, kind)
 
+    def step_folder(self, step: Step) -> str:
+        """The folder of a step's files, one a fragment; a keyed stage's partials say that its streams are there."""
+        if step.action != "partial":
+            return self.folder(step.node, "rows")
+        if isinstance(self.nodes[step.node].stage, KeyedStage):
+            return storage.join(self.folder(step.node, f"shuffle-{self.partitions}"), "partial")
+        return self.folder(step.node, "partial")
+
     def file(self, step: Step, fragment: int) -> str:
-        kind = "partial" if step.action == "partial" else "rows"
-        return storage.join(self.folder(step.node, kind), f"{fragment:05d}.parquet")
+        return storage.join(self.step_folder(step), f"{fragment:05d}.parquet")
+
+    def reduced(self, node: int) -> bool:
+        """Whether a global node's reduction is done."""
+        return storage.exists(storage.join(self.folder(node, "reduced"), "done.json"))
 
     def made(self, node: int) -> list[pa.Field]:
         return self.nodes[node].made
@@ -134,8 +149,18 @@ def dump_stages(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     return [{stage.name: stage.model_dump(mode="json")} for stage in stages]
 
 
-def build_plan(corpus: Corpus, stages: Sequence[Stage], out: str, seed: int, model: str | None = None) -> Plan:
+def build_plan(
+    corpus: Corpus,
+    stages: Sequence[Stage],
+    out: str,
+    seed: int,
+    model: str | None = None,
+    partitions: int | None = None,
+) -> Plan:
     """Check that the stages fit together and the corpus, and key them.
+
+    Args:
+        partitions: of keyed stages; None: one for `PARTITION_ROWS` samples.
 
     Raises:
         ConfigError: a stage that does not work on this kind of corpus, reads a column that nothing wrote before it,
@@ -177,7 +202,8 @@ def build_plan(corpus: Corpus, stages: Sequence[Stage], out: str, seed: int, mod
             columns[made.name] = number
         if stage.drops:
             after = number
-    return Plan(corpus, out, seed, nodes, base, columns)
+    partitions = partitions or min(-(-corpus.samples // PARTITION_ROWS), MAX_PARTITIONS)
+    return Plan(corpus, out, seed, nodes, base, columns, max(partitions, 1))
 
 
 def _sources(
@@ -243,7 +269,7 @@ def segments(plan: Plan) -> list[list[Step]]:
     """
     out: list[list[Step]] = [[]]
     for node in plan.nodes:
-        if isinstance(node.stage, GlobalStage):
+        if isinstance(node.stage, (GlobalStage, KeyedStage)):
             out[-1].append(Step(node.number, "partial"))
             out.append([Step(node.number, "apply")])
         else:

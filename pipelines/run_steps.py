@@ -18,6 +18,8 @@ from cl.errors import DataError
 from pipelines.heavy import UndecodableError, decode
 from pipelines.plan import Node, Plan, Step, is_pixel
 from pipelines.stages.base import GlobalStage, Output, PixelStage, Rows, RowStage
+from pipelines.stages.keyed import KeyedStage
+from pipelines.streams import read_result, write_streams
 
 SECONDS = b"clew.seconds"  # in a node file's metadata: how long the stage took on the fragment
 MISSING_BYTES = "the shard ends before its bytes"
@@ -102,6 +104,18 @@ class FragmentView:
         return Rows(pa.table(columns), positions, self.number, self.plan.corpus, self.plan.seed)
 
 
+class NodeColumns:
+    """`Columns` of a reduction: the rows that the node's partials saw."""
+
+    def __init__(self, plan: Plan, node: int) -> None:
+        self.plan, self.node = plan, plan.nodes[node]
+
+    def read(self, fragment: int, column: str) -> pa.ChunkedArray:
+        view = FragmentView(self.plan, fragment)
+        source = self.plan.columns[column] if column not in self.node.sources else self.node.sources[column]
+        return view.column(column, source, view.alive(self.node.after))
+
+
 IMAGE_COLUMNS = ("shard", "offset", "length")
 
 
@@ -134,8 +148,8 @@ def run_steps(plan: Plan, steps: Sequence[Step], number: int, opened: dict[int, 
         stage = node.stage
         start = time.perf_counter()
         if step.action == "partial":
-            assert isinstance(stage, GlobalStage)
-            _write(plan, step, number, stage.partial(view.rows(node)), time.perf_counter() - start)
+            table = _partial(plan, node, view.rows(node), number)
+            _write(plan, step, number, table, time.perf_counter() - start)
             continue
         rows = view.rows(node, IMAGE_COLUMNS if is_pixel(plan, step) else ())
         share = 0.0
@@ -147,7 +161,7 @@ def run_steps(plan: Plan, steps: Sequence[Step], number: int, opened: dict[int, 
                 start = time.perf_counter()
             share = decode_seconds
             output = _finish(stage, rows, measured[node.number], measured[-1])
-        elif isinstance(stage, GlobalStage):
+        elif isinstance(stage, (GlobalStage, KeyedStage)):
             output = stage.apply(rows, _reduced(plan, node.number, number))
         else:
             assert isinstance(stage, RowStage)
@@ -157,6 +171,17 @@ def run_steps(plan: Plan, steps: Sequence[Step], number: int, opened: dict[int, 
         table = output_table(node, plan.made(node.number), rows, output)
         _write(plan, step, number, table, time.perf_counter() - start + share)
         view.remember(node.number, table)
+
+
+def _partial(plan: Plan, node: Node, rows: Rows, number: int) -> pa.Table:
+    """A global stage's partial; a keyed stage's goes into its streams, and what is left here counts their rows."""
+    stage = node.stage
+    if isinstance(stage, KeyedStage):
+        streams = stage.partial(rows, plan.partitions)
+        write_streams(plan, node.number, streams, stage.sends, (0, number))
+        return pa.table({name: [len(routed.to)] for name, routed in streams.items()})
+    assert isinstance(stage, GlobalStage)
+    return stage.partial(rows)
 
 
 def _write(plan: Plan, step: Step, number: int, table: pa.Table, seconds: float) -> None:
@@ -216,6 +241,8 @@ def _array(values: Any) -> pa.Array:
 def _reduced(plan: Plan, node: int, number: int) -> pa.Table:
     folder = plan.folder(node, "reduced")
     info = storage.read_json(storage.join(folder, "done.json"))
+    if "partitions" in info:
+        return read_result(plan, node, number, info["partitions"])
     name = "all.parquet" if info["shared"] else f"{number:05d}.parquet"
     return storage.read_table(storage.join(folder, name))
 

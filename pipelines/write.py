@@ -23,7 +23,7 @@ from pydantic import Field
 
 from cl import storage
 from cl.config import Config
-from cl.corpus import LANE_FIELD, Fragment, Kind, content_hash, sample_schema
+from cl.corpus import LANE_FIELD, Fragment, Kind, content_hash, sample_schema, text_pair_content
 from cl.errors import ConfigError, DataError
 from cl.progress import progress
 from pipelines.execute import fragments_through_ray, user_errors
@@ -31,13 +31,13 @@ from pipelines.heavy import read_rows
 from pipelines.keyed import id_text, id_words, keyed_hash
 from pipelines.plan import Plan, Step
 from pipelines.run_steps import FragmentView
-from pipelines.stages.base import Context, GlobalStage, Output, Rows
+from pipelines.shuffle import Routed, read_routed, write_routed
+from pipelines.stages.base import Context, GlobalStage, Output, Rows, text_fields
 
 MIB = 1 << 20
 BLOCK = 512  # bytes: tar headers and padding
 OVERHEAD = 2048  # bytes of headers, padding and JSON that a sample adds to a shard, about
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif"}
-SHARDS = b"clew.shards"
 
 
 class WriteConfig(Config):
@@ -48,6 +48,9 @@ class WriteConfig(Config):
     shard_mib: float = Field(128.0, gt=0, description="MiB of one shard, about")
     columns: tuple[str, ...] | None = Field(
         None, description="columns of stages to carry into the corpus; None: all that hold plain numbers and text"
+    )
+    replace: dict[str, str] = Field(
+        default_factory=dict, description="text of the corpus -> column that takes its place: {text: text_clean}"
     )
 
 
@@ -69,14 +72,15 @@ class Placement(GlobalStage):
     settings: WriteConfig
 
     def needs(self, kind: Kind) -> list[str]:
-        sizes = ["length", "text"] if kind == "image-text" else ["anchor", "positive"]
-        return ["content", "meta", *sizes]
+        texts = [self.settings.replace.get(name, name) for name in text_fields(kind)]
+        return ["content", "meta", *(["length"] if kind == "image-text" else []), *texts]
 
     def makes(self, kind: Kind) -> list[pa.Field]:
         return list(PLACED)
 
     def partial(self, rows: Rows) -> pa.Table:
-        ids, content = rows.table["id"].to_pylist(), rows.table["content"].to_pylist()
+        ids = rows.table["id"].to_pylist()
+        content = contents(rows.table, rows.corpus.kind, self.settings)
         lanes = keyed_hash(rows.seed, content, "lane") % np.uint64(self.settings.lanes)
         words = id_words(ids)
         size = np.full(len(rows), OVERHEAD, np.int64)
@@ -88,8 +92,9 @@ class Placement(GlobalStage):
         columns = [lanes.astype(np.int32), keyed_hash(rows.seed, ids, "order"), words[:, 0], words[:, 1], size]
         return pa.table([pa.array(values) for values in columns], schema=PARTIAL)
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> list[pa.Table]:
-        table = pa.concat_tables(partials)
+    def reduce(self, partials: Sequence[pa.Table], context: Context) -> list[pa.Table]:
+        tables = list(partials)
+        table = pa.concat_tables(tables)
         lane, key, id0, id1, size = (table[name].to_numpy() for name in PARTIAL.names)
         order = np.lexsort((id1, id0, key, lane))
         lane, id0, id1, size = lane[order], id0[order], id1[order], size[order]
@@ -103,11 +108,19 @@ class Placement(GlobalStage):
         placed = pa.table(
             [shard[place].astype(np.int32), chunk[place].astype(np.int32), place, lane[place]], schema=PLACED
         )
-        starts = np.cumsum([0, *(partial.num_rows for partial in partials)])
-        return [placed.slice(start, part.num_rows) for start, part in zip(starts, partials, strict=False)]
+        starts = np.cumsum([0, *(partial.num_rows for partial in tables)])
+        return [placed.slice(start, part.num_rows) for start, part in zip(starts, tables, strict=False)]
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         return Output({name: reduced[name] for name in PLACED.names})
+
+
+def contents(table: pa.Table, kind: Kind, settings: WriteConfig) -> list[str]:
+    """The content hashes that samples will have: those of text pairs are other ones if a text is replaced."""
+    if kind == "image-text" or not settings.replace:
+        return list(table["content"].to_pylist())
+    sides = (table[settings.replace.get(name, name)].to_pylist() for name in text_fields(kind))
+    return [text_pair_content(anchor, positive) for anchor, positive in zip(*sides, strict=True)]
 
 
 def layout(lane: np.ndarray, size: np.ndarray, chunk_bytes: float, shard_bytes: float) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +152,13 @@ def carried(plan: Plan, settings: WriteConfig) -> list[str]:
         ConfigError: a column that is asked for is not there, or holds vectors or bytes.
     """
     own = {*sample_schema(plan.corpus.kind).names, LANE_FIELD.name}
+    texts = text_fields(plan.corpus.kind)
+    for name, column in settings.replace.items():
+        if name not in texts:
+            raise ConfigError(f"write.replace: {name!r} is no text of this corpus; its texts are {', '.join(texts)}.")
+        node = plan.columns.get(column)
+        if node is None or not pa.types.is_string(next(m.type for m in plan.made(node) if m.name == column)):
+            raise ConfigError(f"write.replace: no stage writes a text {column!r} to put in the place of {name!r}.")
     extra = {name: plan.base.field(name) for name in plan.base.names if name not in own}
     for name, node in plan.columns.items():
         if node is not None:
@@ -166,40 +186,33 @@ def plain(kind: pa.DataType) -> bool:
 
 
 def scatter_file(plan: Plan, number: int) -> str:
-    return storage.join(plan.folder(plan.nodes[-1].number, "scatter"), f"{number:05d}.parquet")
+    return storage.join(plan.folder(plan.nodes[-1].number, "scatter"), f"{number:05d}.arrow")
 
 
 def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
-    """Split a fragment's kept rows by output shard: one row group each, the shards' numbers in the file's metadata."""
+    """Send a fragment's kept rows to their output shards."""
     node = plan.nodes[-1]
     view = FragmentView(plan, number)
     wanted = [*sample_schema(plan.corpus.kind).names, *columns]
     view.preload([name for name in wanted if plan.columns[name] is None])
     positions = view.alive(node.after)
-    table = pa.table({name: view.column(name, plan.columns[name], positions) for name in wanted})
+    assert isinstance(node.stage, Placement)
+    settings = node.stage.settings
+    texts = {name: settings.replace.get(name, name) for name in text_fields(plan.corpus.kind)}
+    names = [texts.get(name, name) for name in wanted]
+    found = {name: view.column(name, plan.columns[name], positions) for name in names}
+    table = pa.table({name: found[texts.get(name, name)] for name in wanted})
+    content = contents(pa.table(found), plan.corpus.kind, settings)
+    table = table.set_column(table.schema.get_field_index("content"), "content", pa.array(content, pa.string()))
     for name in PLACED.names:
         table = table.append_column(name, view.made(node.number, name))
-    order = np.argsort(table["place"].to_numpy(), kind="stable")
-    table = table.take(pa.array(order)).combine_chunks()
-    shards, starts = np.unique(table["out_shard"].to_numpy(), return_index=True)
-    table = table.replace_schema_metadata({SHARDS: orjson.dumps(shards.tolist())})
-    with (
-        storage.atomic_write(scatter_file(plan, number)) as file,
-        pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
-    ):
-        for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True):
-            writer.write_table(table.slice(start, end - start), row_group_size=max(end - start, 1))
+    write_routed(scatter_file(plan, number), Routed(table, table["out_shard"].to_numpy()))
 
 
 def _gather(plan: Plan, shard: int) -> pa.Table:
     """The rows of one output shard, in their final order."""
-    parts = []
-    for number in range(len(plan.corpus.fragments)):
-        with storage.open_parquet(scatter_file(plan, number)) as file:
-            shards = orjson.loads(file.schema_arrow.metadata[SHARDS])
-            if shard in shards:
-                parts.append(file.read_row_group(shards.index(shard)))
-    return pa.concat_tables(parts).sort_by("place").replace_schema_metadata(None)
+    files = [scatter_file(plan, number) for number in range(len(plan.corpus.fragments))]
+    return read_routed(files, shard).sort_by("place")
 
 
 def shard_samples(plan: Plan, shard: int) -> str:

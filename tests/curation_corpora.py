@@ -18,7 +18,9 @@ from pipelines.annotate import annotate, annotated_file, build_funnel
 from pipelines.execute import reduce_partials
 from pipelines.images import ImageInfo, probe
 from pipelines.plan import Plan, build_plan, parse_stages, segments
+from pipelines.rounds import here, run_rounds
 from pipelines.run_steps import FragmentView, run_steps
+from pipelines.stages.keyed import KeyedStage
 from pipelines.write import Placement, WriteConfig, tar_header
 
 
@@ -124,20 +126,36 @@ def _commit(root: Path, fragments: list[Fragment], kind: Any) -> Corpus:
     return corpus
 
 
-def run_plan(corpus: Corpus, out: Path, stages: Sequence[Any], seed: int = 0, model: str | None = None) -> pa.Table:
+def run_plan(
+    corpus: Corpus,
+    out: Path,
+    stages: Sequence[Any],
+    seed: int = 0,
+    model: str | None = None,
+    partitions: int | None = None,
+) -> pa.Table:
     """Run stages in this process, without Ray, and return the annotated rows of all fragments in order."""
-    plan = build_plan(corpus, [*parse_stages(stages), Placement(settings=WriteConfig())], str(out), seed, model)
+    complete = [*parse_stages(stages), Placement(settings=WriteConfig())]
+    plan = build_plan(corpus, complete, str(out), seed, model, partitions)
     fragments = range(len(corpus.fragments))
     opened: dict[int, Any] = {}
     for steps in segments(plan)[:-1]:
         for number in fragments:
             run_steps(plan, steps, number, opened)
         if steps[-1].node != plan.nodes[-1].number:
-            reduce_partials(plan, steps[-1].node)
+            reduce_here(plan, steps[-1].node)
     for number in fragments:
         annotate(plan, number)
     build_funnel(plan)  # raises if a sample was lost
     return pa.concat_tables(pq.read_table(annotated_file(plan, number)) for number in fragments)
+
+
+def reduce_here(plan: Plan, node: int) -> None:
+    """Reduce a global node in this process."""
+    if isinstance(plan.nodes[node].stage, KeyedStage):
+        run_rounds(plan, node, here(plan, node))
+    else:
+        reduce_partials(plan, node)
 
 
 def column_of(plan: Plan, node: str, column: str) -> list[Any]:

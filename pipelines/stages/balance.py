@@ -7,6 +7,7 @@ Vo et al. 2024). Within a cluster the choice is by a keyed hash of the id, or th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -86,8 +87,9 @@ class Balance(GlobalStage):
         columns = [cluster, order, keyed_hash(rows.seed, ids, "balance"), words[:, 0], words[:, 1]]
         return pa.table(columns, schema=PARTIAL)
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> list[pa.Table]:
-        table = pa.concat_tables(partials)
+    def reduce(self, partials: Sequence[pa.Table], context: Context) -> list[pa.Table]:
+        tables = list(partials)
+        table = pa.concat_tables(tables)
         cluster, first, coin, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)
         _, index, sizes = np.unique(cluster, return_inverse=True, return_counts=True)
         target = self.target if self.target is not None else round((self.fraction or 1.0) * len(cluster))
@@ -97,10 +99,10 @@ class Balance(GlobalStage):
         within = np.arange(len(order)) - starts[index[order]]
         keep = np.zeros(len(order), bool)
         keep[order] = within < kept[index[order]]
-        ends = np.cumsum([0, *(partial.num_rows for partial in partials)])
+        ends = np.cumsum([0, *(partial.num_rows for partial in tables)])
         return [
             pa.table([keep[start : start + partial.num_rows]], schema=REDUCED)
-            for start, partial in zip(ends, partials, strict=False)
+            for start, partial in zip(ends, tables, strict=False)
         ]
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:

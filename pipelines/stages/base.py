@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from cl.config import Config
-from cl.corpus import Corpus, Kind
+from cl.corpus import VIEWS, Corpus, Kind
 from cl.errors import ConfigError
 
 
@@ -70,6 +70,10 @@ class Rows:
     def texts(self, column: str) -> list[str]:
         """A text column as strings; null counts as empty."""
         return [value or "" for value in self.table[column].to_pylist()]
+
+    def strings(self, column: str) -> pa.StringArray:
+        """A text column in one piece; null counts as empty."""
+        return whole(self.table[column]).cast(pa.string()).fill_null("")
 
     def numbers(self, column: str) -> np.ndarray:
         """A numeric column as float64 [n], NaN for null."""
@@ -189,7 +193,7 @@ class GlobalStage(Stage):
         """The little that the reduction needs of a fragment; may have any number of rows."""
         raise NotImplementedError
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> pa.Table | list[pa.Table]:
+    def reduce(self, partials: Sequence[pa.Table], context: Context) -> pa.Table | list[pa.Table]:
         """One table that every fragment gets, or a list with one for each fragment."""
         raise NotImplementedError
 
@@ -208,17 +212,33 @@ def reasons(rows: int, masks: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A fixed-size list column as float32 [n, D]."""
+    array = whole(column)
+    width = array.type.list_size
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
+
+
+def whole(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column in one piece."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # no chunk at all
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    width = array.type.list_size
-    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
+    return array
 
 
 def vector_array(values: np.ndarray) -> pa.FixedSizeListArray:
     """float16 [n, D] as a fixed-size list array."""
     half = np.ascontiguousarray(values, dtype=np.float16)
     return pa.FixedSizeListArray.from_arrays(pa.array(half.ravel(), pa.float16()), half.shape[1])
+
+
+def text_fields(kind: Kind) -> list[str]:
+    """The texts of a sample: `text`, or `anchor` and `positive`."""
+    return [view for view, modality in VIEWS[kind].items() if modality == "text"]
+
+
+def merged(masks: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Reason -> whether any text of a sample has it, from a mask for each text."""
+    return {reason: np.logical_or.reduce(parts) for reason, parts in masks.items() if parts}
 
 
 def internal(name: str, kind: pa.DataType) -> pa.Field:

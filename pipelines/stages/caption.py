@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from cl.corpus import Kind
-from pipelines.stages.base import Output, Rows, RowStage, reasons
+from pipelines.stages.base import Output, Rows, RowStage, reasons, text_fields
 from pipelines.stages.registry import STAGES
 
 
@@ -80,16 +80,12 @@ class Caption(RowStage):
             raise ValueError("give at least one language, or null to accept all")
         return value
 
-    @staticmethod
-    def _fields(kind: Kind) -> list[str]:
-        return ["text"] if kind == "image-text" else ["anchor", "positive"]
-
     def needs(self, kind: Kind) -> list[str]:
-        return self._fields(kind)
+        return text_fields(kind)
 
     def makes(self, kind: Kind) -> list[pa.Field]:
         made = []
-        for name in self._fields(kind):
+        for name in text_fields(kind):
             made += [pa.field(f"{name}_words", pa.int32()), pa.field(f"{name}_chars", pa.int32())]
             if self.languages is not None:
                 made += [pa.field(f"{name}_language", pa.string()), pa.field(f"{name}_language_score", pa.float32())]
@@ -102,7 +98,7 @@ class Caption(RowStage):
         def add(reason: str, mask: np.ndarray) -> None:
             masks[reason] = masks.get(reason, np.zeros(len(rows), bool)) | mask
 
-        for name in self._fields(rows.corpus.kind):
+        for name in text_fields(rows.corpus.kind):
             texts = [text.strip() for text in rows.texts(name)]
             words = np.array([len(text.split()) for text in texts], np.int32)
             chars = np.array([len(text) for text in texts], np.int32)

@@ -6,6 +6,7 @@ keyed order, so neither order nor workers matter. Every row of the corpus is the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -100,15 +101,16 @@ class Clusters(GlobalStage):
         words = id_words(ids)
         return pa.table([keyed_hash(rows.seed, ids, "clusters"), words[:, 0], words[:, 1]], schema=PARTIAL)
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> pa.Table:
-        table = pa.concat_tables(partials)
+    def reduce(self, partials: Sequence[pa.Table], context: Context) -> pa.Table:
+        tables = list(partials)
+        table = pa.concat_tables(tables)
         if table.num_rows < self.count:
             raise DataError(
                 f"Stage 'clusters' is to find {self.count} clusters, but only {table.num_rows} rows are left."
             )
         coin, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)
         order = np.lexsort((id1, id0, coin))[: self.count * self.points]
-        points = _points(context, self._column(context.kind), order, [partial.num_rows for partial in partials])
+        points = _points(context, self._column(context.kind), order, [partial.num_rows for partial in tables])
         centroids = train_centroids(points, self.count, self.iterations, context.seed, self.threads)
         flat = pa.array(centroids.ravel(), pa.float32())
         return pa.table([pa.FixedSizeListArray.from_arrays(flat, centroids.shape[1])], names=["centroid"])

@@ -14,19 +14,23 @@ from pydantic import Field
 
 from cl.corpus import Kind
 from pipelines.keyed import id_text, id_words
-from pipelines.stages.base import Context, GlobalStage, Output, Rows, internal, reasons
+from pipelines.shuffle import Routed
+from pipelines.stages.base import Output, Rows, internal, reasons
+from pipelines.stages.keyed import Inbox, KeyedStage, Round, Streams, fragment_of, place_of, references
 from pipelines.stages.registry import STAGES
 
-_ID = [("content0", pa.uint64()), ("content1", pa.uint64()), ("id0", pa.uint64()), ("id1", pa.uint64())]
-PARTIAL = pa.schema([*_ID, ("score", pa.float64())])
-REDUCED = pa.schema([("row", pa.int32()), ("kept", pa.string())])
+WHO = [("ref", pa.int64()), ("rank", pa.float64()), ("id0", pa.uint64()), ("id1", pa.uint64())]
+ROWS = pa.schema([("content0", pa.uint64()), ("content1", pa.uint64()), *WHO])
+VERDICTS = pa.schema([("row", pa.int32()), ("id0", pa.uint64()), ("id1", pa.uint64())])
 
 
 @STAGES.register("exact_duplicate", "Drop all but one of the samples with equal content")
-class ExactDuplicate(GlobalStage):
-    """The reduction holds 40 bytes a living row."""
+class ExactDuplicate(KeyedStage):
+    """A task holds 48 bytes a row of its partition, which is the content's."""
 
+    version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
+    sends: ClassVar[tuple[str, ...]] = ("rows",)
 
     best: str | None = Field(None, description="numeric column whose highest value is kept; None keeps the first")
 
@@ -36,43 +40,39 @@ class ExactDuplicate(GlobalStage):
     def makes(self, kind: Kind) -> list[pa.Field]:
         return [internal("exact_duplicate_of", pa.string())]
 
-    def partial(self, rows: Rows) -> pa.Table:
+    def partial(self, rows: Rows, partitions: int) -> Streams:
         content = id_words(rows.table["content"].to_pylist())
         ids = id_words(rows.table["id"].to_pylist())
-        score = np.nan_to_num(rows.numbers(self.best), nan=-np.inf) if self.best else np.zeros(len(rows))
-        columns = [content[:, 0], content[:, 1], ids[:, 0], ids[:, 1], score]
-        return pa.table([pa.array(values) for values in columns], schema=PARTIAL)
+        refs = references(rows)
+        rank = -np.nan_to_num(rows.numbers(self.best), nan=-np.inf) if self.best else refs.astype(np.float64)
+        table = pa.table([content[:, 0], content[:, 1], refs, rank, ids[:, 0], ids[:, 1]], schema=ROWS)
+        return {"rows": Routed(table, (content[:, 0] % np.uint64(partitions)).astype(np.int64))}
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> list[pa.Table]:
-        table = pa.concat_tables(partials)
-        c0, c1, i0, i1, score = (table[name].to_numpy() for name in PARTIAL.names)
-        # Ascending by content, then the one to keep first; the sort is stable, so equal keys keep the corpus order.
-        keys = (i1, i0, -score, c1, c0) if self.best else (c1, c0)
-        order = np.lexsort(keys)
+    def rounds(self) -> list[Round]:
+        return [Round("choose", "partitions", ("rows",), ("verdicts",), self._choose)]
+
+    def _choose(self, inbox: Inbox) -> Streams:
+        c0, c1, ref, rank, i0, i1 = (column.to_numpy() for column in inbox.streams["rows"].columns)
+        order = np.lexsort((ref, i1, i0, rank, c1, c0))
         first = np.ones(len(order), bool)
         first[1:] = (np.diff(c0[order]) != 0) | (np.diff(c1[order]) != 0)
         kept = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]  # of each row in sorted order
-        keeper = np.empty(len(order), np.int64)
-        keeper[order] = kept
-        out, start = [], 0
-        ids = np.stack([i0, i1], 1) if len(order) else np.zeros((0, 2), np.uint64)
-        for partial in partials:
-            mine = keeper[start : start + partial.num_rows]
-            rows = np.flatnonzero(mine != np.arange(start, start + partial.num_rows))
-            kept_ids = id_text(ids[mine[rows]])
-            out.append(pa.table([pa.array(rows, pa.int32()), pa.array(kept_ids, pa.string())], schema=REDUCED))
-            start += partial.num_rows
-        return out
+        return {"verdicts": verdicts(ref[order[~first]], i0[kept[~first]], i1[kept[~first]])}
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         return duplicates(len(rows), reduced, "exact_duplicate_of", "exact_duplicate")
 
 
+def verdicts(dropped: np.ndarray, id0: np.ndarray, id1: np.ndarray) -> Routed:
+    """What tells fragments which of their rows (references) are dropped, and the ids of those that are kept instead."""
+    return Routed(pa.table([place_of(dropped), id0, id1], schema=VERDICTS), fragment_of(dropped))
+
+
 def duplicates(rows: int, reduced: pa.Table, column: str, reason: str) -> Output:
-    """The output of a stage whose reduction lists the dropped rows (`row`) with the id that was kept (`kept`)."""
+    """The output of a stage from its `verdicts`."""
     dropped = np.zeros(rows, bool)
     kept = np.full(rows, None, dtype=object)
     positions = reduced["row"].to_numpy()
     dropped[positions] = True
-    kept[positions] = reduced["kept"].to_pylist()
+    kept[positions] = id_text(np.stack([reduced["id0"].to_numpy(), reduced["id1"].to_numpy()], 1))
     return Output({column: kept}, reasons(rows, {reason: dropped}))

@@ -6,6 +6,7 @@ threshold goes, or exactly the best n stay, ties by id.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -58,9 +59,10 @@ class ImageTextScore(GlobalStage):
         columns = [score[good], ids[good, 0], ids[good, 1]]
         return pa.table([pa.array(values) for values in columns], schema=PARTIAL)
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> pa.Table:
+    def reduce(self, partials: Sequence[pa.Table], context: Context) -> pa.Table:
         """The last pair that stays: the threshold is (score, id), so exactly n stay."""
-        table = pa.concat_tables(partials)
+        tables = list(partials)
+        table = pa.concat_tables(tables)
         if self.top_fraction is None or not table.num_rows:
             return PARTIAL.empty_table()
         score, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)

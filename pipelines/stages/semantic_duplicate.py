@@ -15,12 +15,15 @@ import pyarrow as pa
 from pydantic import Field
 
 from cl.corpus import VIEWS, Kind
-from pipelines.keyed import id_text, id_words
-from pipelines.stages.base import Context, GlobalStage, Output, Rows, internal, vectors
-from pipelines.stages.exact_duplicate import REDUCED, duplicates
+from pipelines.keyed import id_words, mix
+from pipelines.shuffle import Routed
+from pipelines.stages.base import Output, Rows, internal, vectors
+from pipelines.stages.exact_duplicate import duplicates, verdicts
+from pipelines.stages.keyed import Inbox, KeyedStage, Round, Streams, references
 from pipelines.stages.registry import STAGES
 
-PARTIAL = pa.schema([("cluster", pa.int64()), ("distance", pa.float64()), ("id0", pa.uint64()), ("id1", pa.uint64())])
+ROWS = pa.schema([("cluster", pa.int64()), ("distance", pa.float64()), ("ref", pa.int64()),
+                  ("id0", pa.uint64()), ("id1", pa.uint64())])  # fmt: skip
 BLOCK = 1024  # rows compared at a time
 
 
@@ -51,10 +54,12 @@ def greedy_duplicates(points: np.ndarray, threshold: float, kept_only: bool = Tr
     "Drop rows whose embedding nearly equals that of a kept row of the same cluster",
     "SemDeDup: Data-efficient learning at web-scale through semantic deduplication",
 )
-class SemanticDuplicate(GlobalStage):
-    """The reduction holds the embeddings of all living rows in float16."""
+class SemanticDuplicate(KeyedStage):
+    """A task holds the embeddings of its partition, which is the cluster's, in float16."""
 
+    version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
+    sends: ClassVar[tuple[str, ...]] = ("rows",)
 
     epsilon: float = Field(0.05, ge=0, le=2, description="1 - cosine below which two rows are duplicates")
     column: str | None = Field(None, description="embedding; None: image_embedding, or anchor_embedding of text pairs")
@@ -74,34 +79,33 @@ class SemanticDuplicate(GlobalStage):
     def makes(self, kind: Kind) -> list[pa.Field]:
         return [internal("semantic_duplicate_of", pa.string())]
 
-    def partial(self, rows: Rows) -> pa.Table:
+    def partial(self, rows: Rows, partitions: int) -> Streams:
         words = id_words(rows.table["id"].to_pylist())
         distance = rows.numbers("cluster_distance")
-        columns = [rows.table["cluster"].cast(pa.int64()), -distance if self.first == "farthest" else distance]
+        cluster = rows.table["cluster"].cast(pa.int64()).to_numpy()
+        first = -distance if self.first == "farthest" else distance
+        table = pa.table([cluster, first, references(rows), words[:, 0], words[:, 1]], schema=ROWS)
         point = rows.table[self._column(rows.corpus.kind)].combine_chunks()
-        table = pa.table([*columns, words[:, 0], words[:, 1]], schema=PARTIAL)
-        return table.append_column("point", point)
+        to = mix(cluster.astype(np.uint64)) % np.uint64(partitions)
+        return {"rows": Routed(table.append_column("point", point), to.astype(np.int64))}
 
-    def reduce(self, partials: list[pa.Table], context: Context) -> list[pa.Table]:
-        table = pa.concat_tables(partials)
-        cluster, first, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)
-        points = table["point"]
-        order = np.lexsort((id1, id0, first, cluster))
+    def rounds(self) -> list[Round]:
+        return [Round("compare", "partitions", ("rows",), ("verdicts",), self._compare)]
+
+    def _compare(self, inbox: Inbox) -> Streams:
+        table = inbox.streams["rows"]
+        cluster, first, ref, id0, id1 = (table[name].to_numpy() for name in ROWS.names)
+        order = np.lexsort((ref, id1, id0, first, cluster))
         of = np.full(len(order), -1, np.int64)
         bounds = np.flatnonzero(np.diff(cluster[order], prepend=-1, append=-1)) if len(order) else np.zeros(0, int)
         for start, end in itertools.pairwise(bounds.tolist()):
             rows = order[start:end]
-            found = greedy_duplicates(vectors(points.take(pa.array(rows))), 1 - self.epsilon, self.compare == "kept")
+            points = vectors(table["point"].take(pa.array(rows)))
+            found = greedy_duplicates(points, 1 - self.epsilon, self.compare == "kept")
             hit = found >= 0
             of[rows[hit]] = rows[found[hit]]
-        ids = np.stack([id0, id1], 1)
-        out, base = [], 0
-        for partial in partials:
-            mine = of[base : base + partial.num_rows]
-            dropped = np.flatnonzero(mine >= 0)
-            out.append(pa.table([pa.array(dropped, pa.int32()), id_text(ids[mine[dropped]])], schema=REDUCED))
-            base += partial.num_rows
-        return out
+        dropped = np.flatnonzero(of >= 0)
+        return {"verdicts": verdicts(ref[dropped], id0[of[dropped]], id1[of[dropped]])}
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         return duplicates(len(rows), reduced, "semantic_duplicate_of", "semantic_duplicate")

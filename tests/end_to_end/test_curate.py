@@ -35,6 +35,7 @@ STAGES: list[Any] = [
     {"image_size": {"min_side": 20}},
     "exact_duplicate",
     {"near_duplicate": {"max_distance": 6, "max_difference": 30}},
+    "text_duplicate",
     {"embedding": {"batch_size": 8}},
     {"image_text_score": {"top_fraction": 0.9}},
     {"clusters": {"count": 4}},
@@ -50,11 +51,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("curate")
     fragments = []
     for f in range(8):
-        samples = [Sample(f"{f}-{i}", f"a small house number {i}", picture(f * 20 + i)) for i in range(20)]
+        texts = [f"house {i} by street {f} and lane {20 * f + i}" for i in range(20)]
+        samples = [Sample(f"{f}-{i}", text, picture(f * 20 + i)) for i, text in enumerate(texts)]
         samples[3].text = "house"
         samples[4].image = picture(f * 20 + 5)  # equals its neighbour
         samples[6].image = picture(f * 20 + 7, quality=60)  # looks like its neighbour
         samples[8].image = picture(f * 20 + 8, 16, 16)
+        samples[12].text = samples[13].text.upper()
         fragments.append(samples)
     fragments[2][11].image = fragments[2][11].image[:900]
     image_corpus(root / "corpus", fragments)
@@ -64,7 +67,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(place: Path, out: str, **fields: Any) -> CurateConfig:
     tree = {"corpus": str(place / "corpus"), "out": str(place / out), "model": str(place / "model"), "stages": STAGES}
-    return parse_config(CurateConfig, tree | {"write": {"shard_mib": 0.1, "chunk_mib": 0.01, "lanes": 4}} | fields, "x")
+    return parse_config(
+        CurateConfig, tree | {"write": {"shard_mib": 0.1, "chunk_mib": 0.01, "lanes": 4}, "partitions": 3} | fields, "x"
+    )
 
 
 def tree(root: Path, skip: tuple[str, ...] = (".nodes",)) -> dict[str, str]:
@@ -91,11 +96,12 @@ def test_every_sample_is_accounted_for(finished: tuple[Path, CurateResult]) -> N
     assert result.dropped["image_size/image_too_small"] == 8
     assert result.dropped["exact_duplicate/exact_duplicate"] == 8
     assert result.dropped["near_duplicate/near_duplicate"] == 8
+    assert result.dropped["text_duplicate/text_duplicate"] == 8
     alive = 160
     for stage in funnel["stages"]:
         assert stage["in"] == alive
         alive -= sum(stage["dropped"].values()) + stage["quarantined"]
-    assert alive == result.kept == round(0.8 * round(0.9 * (160 - 8 * 4 - 1)))
+    assert alive == result.kept == round(0.8 * round(0.9 * (160 - 8 * 5 - 1)))
     annotated = [row for path in sorted((out / "annotated").iterdir()) for row in pq.read_table(path).to_pylist()]
     kept = {row["id"] for row in annotated if row["drop_reason"] is None}
     written = open_corpus(str(out)).read().to_pylist()
@@ -186,12 +192,12 @@ def test_changing_one_stage_computes_only_what_depends_on_it(finished: tuple[Pat
 
 
 @pytest.mark.slow
-def test_fragments_of_other_sizes_and_more_actors_keep_the_same_samples(
+def test_more_actors_and_other_partitions_keep_the_same_samples(
     finished: tuple[Path, CurateResult], place: Path
 ) -> None:
     out, _ = finished
     stages = [{"embedding": {"batch_size": 8, "workers": 2}} if "embedding" in stage else stage for stage in STAGES]
-    curate(config(place, "two", stages=stages))
+    curate(config(place, "two", stages=stages, partitions=1))
     assert tree(place / "two") == tree(out)
 
 

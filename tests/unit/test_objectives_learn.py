@@ -2,6 +2,7 @@
 
 Beaten is retrieval of held-out drawings by their captions (recall at 10, by a factor of 3) or, for objectives that do
 not bring pictures and captions together, the classification of pictures by their nearest neighbours (error, by 10 %).
+An objective whose score is the product of three modalities is asked with that score.
 """
 
 from __future__ import annotations
@@ -134,10 +135,12 @@ def train(name: str, settings: dict[str, Any], teacher: Towers | None = None) ->
 
 
 @torch.no_grad()
-def recall_at_10(towers: Towers) -> float:
-    """Held-out drawings found by their captions among 500; chance is 0.02."""
+def recall_at_10(towers: Towers, powers: int = 1) -> float:
+    """Held-out drawings found by their captions among 500; chance is 0.02. `powers`: the picture stands for so many
+    modalities, each a factor of the score.
+    """
     data = held_out()
-    scores = towers.encode("caption", data.captions) @ towers.encode("picture", data.pictures).T
+    scores = towers.encode("caption", data.captions) @ towers.encode("picture", data.pictures).pow(powers).T
     return float(
         (scores.argsort(1, descending=True)[:, :10] == torch.arange(len(data))[:, None]).any(1).double().mean()
     )
@@ -168,7 +171,8 @@ def test_objective_trains(name: str) -> None:
     distils = OBJECTIVES[name].__module__.startswith("cl.objectives.distillation")
     towers = train(name, REFERENCES[name].settings[0], good_teacher() if distils else None)
     recall, error = untrained()
-    assert recall_at_10(towers) >= 3 * max(recall, 0.02) or neighbour_error(towers) <= 0.9 * error
+    powers = 2 if name == "symile" else 1
+    assert recall_at_10(towers, powers) >= 3 * max(recall, 0.02) or neighbour_error(towers) <= 0.9 * error
 
 
 def test_the_sample_has_what_the_objectives_ask_for() -> None:

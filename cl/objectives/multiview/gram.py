@@ -7,7 +7,8 @@ Cicchetti et al. 2025, "Gramian Multimodal Representation Learning and Alignment
 anchor (text in the paper), the other modalities of a sample stay together; either the anchor or the rest is
 exchanged. The determinant is expanded along the anchor, det G = |a|^2 det C - g^T adj(C) g, with C the inner products
 of the others and g those with the anchor, so a tile needs one product a modality, and nothing is inverted: identical
-embeddings are safe. With two views V is the sine of the angle.
+embeddings are safe. With two views V is the sine of the angle. Any two modalities that coincide span no volume
+whatever the others are, so views of one kind (two crops of a picture) do not belong into one tuple.
 """
 
 from __future__ import annotations

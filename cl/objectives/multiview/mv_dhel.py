@@ -15,8 +15,8 @@ import torch
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.multiview.mv_infonce import agreement
-from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
+from cl.objectives.multiview.mv_infonce import MultiViewConfig, agreement
+from cl.objectives.multiview.views import ManyViewsObjective
 
 
 @OBJECTIVES.register(
@@ -27,7 +27,7 @@ from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
 class MultiViewDHEL(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    Config = ManyViewsConfig
+    Config = MultiViewConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return [(view, view) for view in views]

@@ -13,11 +13,17 @@ from collections.abc import Sequence
 from itertools import combinations, combinations_with_replacement
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
+
+
+class MultiViewConfig(ManyViewsConfig):
+    # All pairs of views are in one sum, of which a low temperature sees the most alike pair alone.
+    temperature: float = Field(0.2, gt=0, description="initial temperature; scores are divided by it")
 
 
 def agreement(s: Samples, scale: Tensor) -> Tensor:
@@ -34,7 +40,7 @@ def agreement(s: Samples, scale: Tensor) -> Tensor:
 class MultiViewInfoNCE(ManyViewsObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
-    Config = ManyViewsConfig
+    Config = MultiViewConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
         return list(combinations_with_replacement(views, 2))

@@ -42,6 +42,9 @@ CONTENT = "symile content"  # label: what a sample holds; the label named as a t
 
 
 class SymileConfig(ManyViewsConfig):
+    # Products of three unit vectors are of the order of 1 over the dimensions, far smaller than cosines.
+    temperature: float = Field(0.02, gt=0, description="initial temperature; scores are divided by it")
+    max_scale: float = Field(1000.0, gt=0, description="largest inverse temperature, kept after each step")
     shuffles: int = Field(1, ge=1, description="sets of shuffled tuples; each gives N - 1 negatives an anchor")
     seed: int = Field(0, description="of the shuffles")
     missing: Literal["skip", "learnt"] = Field(

@@ -75,8 +75,9 @@ class GatedSubspaces(ScaledObjective):
 
     def score(self, rows: Tensor, columns: Tensor, known_rows: Known, known_columns: Known) -> Tensor:
         """[R, C]: cosines in each row's subspace; 0 where nothing of a vector is left."""
-        label = known_rows.meta[self.label].view(len(rows), -1)
-        gates = self.gate(self.vectors(label).mean(1)).to(rows.dtype)
+        label = known_rows.meta[self.label]
+        vectors = self.vectors(label if label.dim() == 2 else label[:, None]).mean(1)
+        gates = self.gate(vectors).to(rows.dtype)
         square = gates.square() @ columns.square().T
         alive = square > 0
         length = square.where(alive, 1).sqrt()

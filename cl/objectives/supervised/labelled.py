@@ -68,6 +68,8 @@ class LabelledObjective(TiledObjective):
 class ScaledLabelledConfig(LabelledConfig, ScaledConfig):
     """Fields of supervised objectives with one global temperature."""
 
+    temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
+
 
 class ScaledLabelledObjective(LabelledObjective, ScaledObjective):
     """A supervised objective with one global temperature."""

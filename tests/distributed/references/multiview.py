@@ -252,8 +252,8 @@ def mil_nce(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 def gram(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Cicchetti et al. 2025, section 3: the determinant of every tuple's Gram matrix."""
-    anchor, *others = batch.views.values()
-    names, count = list(batch.views), len(batch)
+    names, count = settings.get("views", list(batch.views)), len(batch)
+    anchor, *others = (batch.views[name] for name in names)
     rows = anchor[:, None].expand(count, count, -1)
     members = [other[None].expand(count, count, -1) for other in others]
     points = torch.stack([rows, *members], 2)
@@ -299,5 +299,5 @@ REFERENCES: dict[str, Reference] = {
         extra=("positives", "negatives"),
         missing=True,
     ),
-    "gram": Reference(gram, views=VIEWS, missing=True),
+    "gram": Reference(gram, [{"views": ["a", "b"]}, {}], views=VIEWS, missing=True),
 }

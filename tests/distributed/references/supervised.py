@@ -416,8 +416,8 @@ REFERENCES: dict[str, Reference] = {
     "circle": Reference(circle, [{}, {"gamma": 20.0, "margin": 0.4}]),
     "npair": Reference(npair, [{}, {"label": None, "l2": 0.1}]),
     "proxy-nca": Reference(proxy_nca, [{"classes": 9}, {"classes": 4, "per_class": 2, "denominator": "all"}]),
-    "proxy-anchor": Reference(proxy_anchor, [{"classes": 9}, {"classes": 4, "per_class": 2, "alpha": 8.0}]),
+    "proxy-anchor": Reference(proxy_anchor, [{"classes": 9, "alpha": 4.0}, {"classes": 4, "per_class": 2}]),
     "cosface": Reference(cosface, [{"classes": 9}, {"classes": 3, "scale": 10.0, "margin": 0.1}]),
-    "arcface": Reference(arcface, [{"classes": 9}, {"classes": 3, "scale": 10.0, "margin": 1.2}]),
+    "arcface": Reference(arcface, [{"classes": 9, "scale": 8.0, "margin": 0.2}, {"classes": 3, "margin": 1.2}]),
     "gated-subspaces": Reference(gated_subspaces, [{"classes": 9}, {"label": "levels", "classes": 16, "hidden": 3}]),
 }

@@ -65,6 +65,11 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
     chosen = torch.randperm(len(data), generator=generator)[:BATCH]
     group = data.group[chosen]
     pictures, captions = augmented(data.pictures[chosen], generator), data.captions[chosen]
+    score = pictures.mean(1)
+    if "scored pairs" in OBJECTIVES[name].needs:  # every second caption is another sample's
+        given = captions.where((torch.arange(BATCH) % 2 == 0)[:, None], captions.roll(1, 0))
+        score = torch.cosine_similarity(captions, given)
+        captions = given
     quarters = pictures.view(-1, 3, 2, SIDE // 2, 2, SIDE // 2)
     patches = torch.zeros(BATCH, 4, 3, SIDE, SIDE)  # each quarter of the picture alone is a token
     for i in range(4):
@@ -100,10 +105,11 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
             "class": group,
             "levels": torch.stack([group, chosen], 1),
             "tags": data.tags[chosen],
-            "score": pictures.mean(1),
+            "score": score,
             "vector": pictures.view(BATCH, 3, -1).mean(2),
             "source": chosen % 2,
             "cluster": group,
+            "time": torch.tensor([1, 2]).expand(BATCH, 2),  # the second view lies between the first and the third
         },
         present={"c": torch.rand(BATCH, generator=generator) < 0.8} if reference.missing else {},
         tokens={"b_tokens": data.word_mask[chosen]} if "b_tokens" in reference.views else {},

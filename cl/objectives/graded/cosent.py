@@ -4,7 +4,8 @@
 
 CoSENT: Huang et al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking", s the cosine. AnglE: Li and
 Li 2024, "AnglE-optimized Text Embeddings": each embedding is a complex vector (first half real, second half imaginary),
-and s = |Re q + Im q| of q = <a_i, b_i> / (|a_i| |b_i|), as in the authors' code. Pairs i, k run over the samples of all
+and s = |Re q + Im q| of q = <a_i, b_i> / (|a_i| |b_i|), as in the authors' code; its loss is added to that of the
+cosines (the paper's third term, in-batch negatives, is `infonce` in a sum). Pairs i, k run over the samples of all
 workers; v_i is the sample's weight over the mean weight. Scores are one number a sample: all are gathered and sorted by
 label, and a running sum over those with lower labels takes the place of comparing all with all.
 """
@@ -39,27 +40,30 @@ class CoSENT(Objective):
     """See the module's formula. Parameters: the log of the inverse temperature, if it is trained."""
 
     Config = CoSENTConfig
-    needs = ("numbers as labels",)
+    needs = ("scored pairs",)
 
     def __init__(self, config: CoSENTConfig) -> None:
         super().__init__()
         self.views, self.label = config.views, config.label
         self.temperature = Temperature(config)
+        self.shares: tuple[float, ...] = (1.0,)
 
-    def score(self, first: Tensor, second: Tensor) -> Tensor:
-        """[B]: s of pairs of embeddings [B, D]."""
-        return (first * second).sum(1)
+    def scores(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        """[B] each: what is compared of pairs of embeddings [B, D], for each of `shares`."""
+        return [(first * second).sum(1)]
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         names = list(self.views or pairs.views)[:2]
         weight = torch.stack([pairs.view_weights(name) for name in names]).amin(0)
         first, second = (pairs.view(name).to(pairs.dtype).where(weight[:, None] > 0, 0) for name in names)
         layout = workers.layout(len(pairs), pairs.device)
-        scores = gather_rows(self.score(first, second), layout)
         weights, labels = layout.gather(weight), layout.gather(pairs.label(self.label))
         counts = weights > 0
         scale = self.temperature()
-        loss = inversions(scale * scores[counts], labels[counts], weights[counts])
+        loss = torch.zeros((), dtype=pairs.dtype, device=pairs.device)
+        for share, score in zip(self.shares, self.scores(first, second), strict=True):
+            scores = scale * gather_rows(score, layout)[counts]
+            loss = loss + share * inversions(scores, labels[counts], weights[counts])
         return Outcome(replicated(loss, workers), {"logit_scale": scale.detach()})
 
     def clamp_(self) -> None:
@@ -77,14 +81,26 @@ def inversions(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([0 * scores.sum()[None], terms[lower > 0]]).logsumexp(0)
 
 
+class AnglEConfig(CoSENTConfig):
+    cosine_weight: float = Field(1.0, ge=0, description="weight of the loss on cosines")
+    angle_weight: float = Field(1.0, ge=0, description="weight of the loss on angles")
+
+
 @OBJECTIVES.register(
     "angle",
-    "CoSENT on the difference of angles of complex embeddings",
+    "CoSENT on cosines and on the difference of angles of complex embeddings",
     paper="AnglE-optimized Text Embeddings",
 )
 class AnglE(CoSENT):
     """See the module's formula. Parameters: the log of the inverse temperature, if it is trained."""
 
-    def score(self, first: Tensor, second: Tensor) -> Tensor:
+    Config = AnglEConfig
+
+    def __init__(self, config: AnglEConfig) -> None:
+        super().__init__(config)
+        self.shares = (config.cosine_weight, config.angle_weight)
+
+    def scores(self, first: Tensor, second: Tensor) -> list[Tensor]:
         (a, b), (c, d) = (pad(x, (0, x.shape[1] % 2)).chunk(2, dim=1) for x in (first, second))
-        return ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()
+        angle = ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()
+        return [*super().scores(first, second), angle]

@@ -44,7 +44,7 @@ class ScoreRegression(TiledObjective):
     """See the module's formula. Parameters with `affine`: the factor and the offset."""
 
     Config = RegressionConfig
-    needs = ("numbers as labels",)
+    needs = ("scored pairs",)
 
     def __init__(self, config: RegressionConfig) -> None:
         super().__init__(config)

@@ -200,7 +200,11 @@ def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Li and Li 2024, on torch's own complex numbers."""
     z, w = (torch.complex(*view.chunk(2, 1)) for view in batch.views.values())
     quotient = (z * w.conj()).sum(1) / (z.norm(dim=1) * w.norm(dim=1))
-    return inversions(batch, (quotient.real + quotient.imag).abs(), scale_of(parameters, settings, 0.05))
+    angles = inversions(batch, (quotient.real + quotient.imag).abs(), scale_of(parameters, settings, 0.05))
+    return (
+        settings.get("cosine_weight", 1) * cosent(batch, parameters, settings)
+        + settings.get("angle_weight", 1) * angles
+    )
 
 
 def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
@@ -252,10 +256,10 @@ def icon(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 TEACHERS = ("a", "b", "a_teacher", "b_teacher")
 REFERENCES: dict[str, Reference] = {
     "soft-targets": Reference(soft_targets, [{}, {"own_share": 0.4, "direction": "forward"}]),
-    "soft-labels": Reference(soft_labels, [{"label": "vector"}, {"label_temperature": 0.1, "same_side": True}]),
-    "y-aware": Reference(y_aware, [{}, {"label": "vector", "sigma": 0.5, "same_side": True}]),
+    "soft-labels": Reference(soft_labels, [{"own_share": 0.5}, {"label_temperature": 0.1, "same_side": True}]),
+    "y-aware": Reference(y_aware, [{"own_share": 0.5}, {"label": "vector", "sigma": 0.5, "same_side": True}]),
     "listnet": Reference(listnet, [{"target_temperature": 0.05}]),
-    "listmle": Reference(listmle, [{"k": 3}, {"k": 12}]),
+    "listmle": Reference(listmle, [{"k": 2}, {"k": 12}]),
     "cwcl": Reference(cwcl, [{"teacher": "a_teacher"}, {}, {"direction": "forward"}], views=TEACHERS),
     "gcl": Reference(gcl, [{}, {"label": "class", "weight": "inverse-log"}, {"normalise": True}]),
     "ascl": Reference(
@@ -263,12 +267,12 @@ REFERENCES: dict[str, Reference] = {
     ),
     "groco": Reference(
         groco,
-        [{"negatives": 3}, {"negatives": 2, "steepness": 8.0, "stop_candidates": False}],
+        [{"negatives": 3, "steepness": 30.0}, {"negatives": 2, "stop_candidates": False}],
         views=("a", "b", "c"),
         missing=True,
     ),
-    "cosent": Reference(cosent, [{}, {"temperature": 0.5, "learn_temperature": True}]),
-    "angle": Reference(angle, [{"temperature": 0.5}]),
+    "cosent": Reference(cosent, [{"temperature": 0.4}, {"learn_temperature": True}]),
+    "angle": Reference(angle, [{"temperature": 0.5}, {"cosine_weight": 0.3}]),
     "score-regression": Reference(score_regression, [{}, {"affine": True, "error": "huber"}, {"error": "absolute"}]),
     "i-con": Reference(
         icon,

@@ -132,7 +132,11 @@ MINED = {"extra": ["negatives"]}
 REFERENCES: dict[str, Reference] = {
     "triplet": Reference(
         partial(triplet, mining="hard", kind="euclidean", margin=0.3),
-        [{}, {**MINED, "soft": True, "distance": "cosine"}, {"direction": "forward", "distance": "squared"}],
+        [
+            {"distance": "cosine", "margin": 0.2},
+            {**MINED, "soft": True},
+            {"direction": "forward", "distance": "squared"},
+        ],
         extra=("negatives",),
     ),
     "triplet-semi-hard": Reference(

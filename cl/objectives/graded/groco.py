@@ -61,6 +61,7 @@ class GroCo(TiledObjective):
     """See the module's formula. It has no parameters."""
 
     Config = GroCoConfig
+    compares = "two or more views"
 
     def __init__(self, config: GroCoConfig) -> None:
         super().__init__(config)

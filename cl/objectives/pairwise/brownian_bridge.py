@@ -39,7 +39,8 @@ class BrownianBridge(TiledObjective):
     """See the module's formula. It has no parameters."""
 
     Config = BrownianBridgeConfig
-    needs = ("three views", "places in time")
+    compares = "three views: start, middle, end"
+    needs = ("places in time",)
 
     def __init__(self, config: BrownianBridgeConfig) -> None:
         super().__init__(config)

@@ -37,6 +37,7 @@ class CACR(TiledObjective):
     """See the module's formula. It has no parameters."""
 
     Config = CACRConfig
+    compares = "two or more views"
 
     def __init__(self, config: CACRConfig) -> None:
         super().__init__(config)

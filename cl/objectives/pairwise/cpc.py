@@ -41,7 +41,7 @@ class CPC(ScaledObjective):
     """See the module's formula. Parameters: W [K, D, D], and the log of the inverse temperature."""
 
     Config = CPCConfig
-    needs = ("a context and its futures",)
+    compares = "a context and its futures"
 
     def __init__(self, config: CPCConfig) -> None:
         super().__init__(config)

@@ -44,6 +44,7 @@ class DecoupledUniformity(TiledObjective):
     """See the module's formula. It has no parameters."""
 
     Config = DecoupledUniformityConfig
+    compares = "one or more views"
     memory = "batch x dim; batch^2 with a kernel"
 
     def __init__(self, config: DecoupledUniformityConfig) -> None:

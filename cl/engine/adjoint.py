@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cl.engine.evaluation import MAIN, Cut, Evaluation, each
+from cl.engine.products import accumulation_type, add_product_
 from cl.engine.reduction import Reduction
 from cl.engine.rule import Tiler
 from cl.engine.statistics import Finished, Key, weights_of
-from cl.engine.sweep import accumulation_type, add_product_
 from cl.engine.tile import Tile
 
 Leaves = tuple[dict[str, Tensor], dict[str, Tensor]]  # the statistics that a tile reads of its rows and columns

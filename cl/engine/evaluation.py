@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from cl.engine.collectives import Layout, Workers
+from cl.engine.products import accumulation_type, product
 from cl.engine.reduction import Reduction, Reductions
 from cl.engine.rule import Comparison, Rule, Samples, Term, Tiler
 from cl.engine.side import Columns
 from cl.engine.statistics import Finished, Key, Part, Running
-from cl.engine.sweep import Block, ColumnExchange, Exchange, Tiling, accumulation_type, product
+from cl.engine.sweep import Block, ColumnExchange, Exchange, Tiling
 from cl.engine.tile import Tile
 from cl.pairs import Clock
 

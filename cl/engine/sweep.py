@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,10 +22,14 @@ Exchange = Literal["gather", "ring", "local"]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a block is cut: at most `rows` anchors by `columns` candidates at a time."""
+    """How a block is cut: at most `rows` anchors by `columns` candidates at a time.
+
+    `keep` MiB of scores may stay from forward to backward, so that small batches compute them once.
+    """
 
     rows: int = 256
     columns: int = 2048
+    keep: int = 64
 
     def shrunk(self, cost: int) -> Tiling:
         """The same memory where each entry of a tile costs `cost` numbers."""
@@ -33,7 +37,7 @@ class Tiling:
             return self
         entries = max(self.rows * self.columns // cost, 1)
         rows = max(1, min(self.rows, math.isqrt(entries)))
-        return Tiling(rows, max(1, min(self.columns, entries // rows)))
+        return replace(self, rows=rows, columns=max(1, min(self.columns, entries // rows)))
 
     def cut(self, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
         """Row and column slices that cover rows x columns once, a band of columns at a time.
@@ -93,29 +97,6 @@ class ColumnExchange:
         if not self.ring:
             return self.layout.reduce_scatter(self._gradient)
         return self.layout.pass_on(self._gradient)[: len(self.values)]
-
-
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half types, the type itself otherwise."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] times right [k, n], accumulated and returned in float32 where the inputs are of a half type."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    # The CPU has no half product with a float32 result; half values are exact in float32.
-    return left.float() @ right.float()
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left times right, in place, in the type of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += product(left, right)
 
 
 def repeated_content(content: Tensor) -> Tensor:

@@ -6,92 +6,33 @@
 (van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", eq. 4; both directions
 as in CLIP, Radford et al. 2021, fig. 3). f is 1/2 for CLIP, 1 for anchors against candidates only.
 
-Rows are the local anchors, columns the candidates of all workers. One tile of s serves both directions: its row
-log-sum-exps are complete on this worker, its column log-sum-exps are partial and all-reduced (maximum, then sum
-of exponentials). Backward computes each tile again, so memory is O(batch x dim). That is four matrix products a
-tile and one side on the wire: candidates are gathered (or circulate, `ring`), their gradients reduce-scattered (or
-travel with their block).
+Computed as lse_j s_ij - s_ii = log(1 + exp(gap_i)), gap_i = lse_{j != i} s_ij - s_ii, whose slope to s_ii is
+-sigmoid(gap_i). Both keep their digits however sure the model is and however large scores are, where a difference of
+two large numbers does not.
+
+One tile of s serves both directions: its row log-sum-exps are complete on this worker, its column log-sum-exps are
+partial and all-reduced (maximum, then sum of exponentials). Backward needs both of all samples, so it computes the
+tiles again, but for those that fit into `Tiling.keep`: three to four matrix products a tile. Where log-sum-exps are not
+too far apart, one exponential a score serves both directions, in forward and in backward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from cl.engine.collectives import Layout, Workers
-from cl.engine.sweep import (
-    ColumnExchange,
-    Exchange,
-    Tiling,
-    accumulation_type,
-    add_product_,
-    product,
-    repeated_content,
-)
+from cl.engine.bipartite import Bipartite, Gradients, Tile
+from cl.engine.collectives import Layout
+from cl.engine.products import accumulation_type
+from cl.engine.sweep import Exchange, Tiling
 
-
-@dataclass(frozen=True)
-class Columns:
-    """What is known of every column (candidate) of the global batch, and of the local rows among them.
-
-    Attributes:
-        weight: [N] in the accumulation type; 0 masks.
-        content: [N, K] int64 or None: columns that agree with a row in any of K are not its negatives.
-        repeated: [N, K] bool, which content ids occur more than once; most tiles have none and skip the comparison.
-        first_row: the column of local row 0.
-        masked: whether any sample of the batch is masked; most batches have none and skip the mask.
-    """
-
-    weight: Tensor
-    content: Tensor | None
-    repeated: Tensor | None
-    first_row: int
-    masked: bool
-
-    @staticmethod
-    def of(weight: Tensor, content: Tensor | None, layout: Layout) -> Columns:
-        """Gather local weights [B] and content ids [B, K]; O(N) memory."""
-        first_row = layout.local.start
-        weight = layout.gather(weight)
-        masked = bool((weight == 0).any())
-        if content is None:
-            return Columns(weight, None, None, first_row, masked)
-        content = layout.gather(content)
-        repeated = repeated_content(content)
-        if not repeated.any():
-            return Columns(weight, None, None, first_row, masked)
-        return Columns(weight, content, repeated, first_row, masked)
-
-    def mask_(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
-        """Put -inf where a column is no candidate for a row: a masked sample, or the row's own content again."""
-        global_rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
-        if self.masked:
-            scores.masked_fill_(self.weight[columns] == 0, -torch.inf)
-            scores.masked_fill_((self.weight[global_rows] == 0)[:, None], -torch.inf)
-        if self.content is None or self.repeated is None:
-            return scores
-        for k in range(self.content.shape[1]):
-            i = self.repeated[global_rows, k].nonzero()[:, 0]
-            j = self.repeated[columns, k].nonzero()[:, 0]
-            if len(i) and len(j):
-                same = self.content[global_rows.start + i, k][:, None] == self.content[columns.start + j, k]
-                same &= (global_rows.start + i)[:, None] != columns.start + j  # a row's own positive stays
-                scores[i[:, None], j] = scores[i[:, None], j].masked_fill(same, -torch.inf)
-        return scores
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One evaluation: whose columns, how they come, how the work is cut, and over whom the loss is a mean."""
-
-    layout: Layout
-    exchange: Exchange
-    tiling: Tiling
-    workers: Workers
+# e^-40 is nothing beside 1 in float32, and e^40 times any number of candidates does not overflow it.
+SPREAD = 40.0
 
 
 class SymmetricInfoNCE(torch.autograd.Function):
@@ -99,90 +40,115 @@ class SymmetricInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        anchors: Tensor,
-        candidates: Tensor,
-        scale: Tensor,
-        columns: Columns,
-        sweep: Sweep,
-        forward_share: float,
+        ctx: Any, anchors: Tensor, candidates: Tensor, scale: Tensor, run: Bipartite, forward_share: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = sweep.layout
-        workers = layout.workers
+        layout = run.layout
         kind = accumulation_type(anchors.dtype)
-        # A masked sample may hold anything, NaN too: it must not reach a product.
-        valid = (columns.weight[layout.local] > 0)[:, None]
-        anchors, candidates = anchors.where(valid, 0), candidates.where(valid, 0)
+        anchors, candidates = run.clean(anchors), run.clean(candidates)
         factor = scale.to(kind)
-        row_lse = torch.full((len(anchors),), -torch.inf, dtype=kind, device=anchors.device)
-        column_lse = torch.full((layout.total,), -torch.inf, dtype=kind, device=anchors.device)
+        kept: dict[int, Tensor] = {}  # by number of the tile
+        room = run.tiling.keep * 2**20 if any(ctx.needs_input_grad) else 0
         with torch.autocast(anchors.device.type, enabled=False):
-            positive = factor * (anchors.to(kind) * candidates.to(kind)).sum(1)
-            for block in ColumnExchange(candidates, layout, sweep.exchange):
-                for i, j in sweep.tiling.cut(len(anchors), len(block.values)):
-                    at = slice(block.start + j.start, block.start + j.stop)
-                    scores = columns.mask_(product(anchors[i], block.values[j].T).mul_(factor), i, at)
-                    row_lse[i] = torch.logaddexp(row_lse[i], scores.logsumexp(1))
-                    if forward_share < 1:
-                        column_lse[at] = torch.logaddexp(column_lse[at], scores.logsumexp(0))
-            if forward_share < 1 and workers.size > 1:
-                largest = workers.all_reduce(column_lse.clone(), dist.ReduceOp.MAX)
+            own = factor * (anchors.to(kind) * candidates.to(kind)).sum(1)
+            everyone = layout.gather(own)
+            row_gap, column_gap = torch.full_like(own, -torch.inf), torch.full_like(everyone, -torch.inf)
+            for tile in run.tiles(anchors, candidates):
+                i, j = tile.rows, tile.columns
+                scores = _others(run, tile, factor)
+                if scores.nbytes <= room:
+                    room -= scores.nbytes
+                    kept[tile.number] = scores
+                rows, columns = gaps(scores, own[i], everyone[j])
+                row_gap[i] = torch.logaddexp(row_gap[i], rows)
+                column_gap[j] = torch.logaddexp(column_gap[j], columns)
+            if forward_share < 1 and layout.workers.size > 1:
+                largest = layout.workers.all_reduce(column_gap.clone(), dist.ReduceOp.MAX)
                 shift = largest.where(largest.isfinite(), 0)
-                column_lse = workers.all_reduce((column_lse - shift).exp_()).log_().add_(shift)
-
-            weight = columns.weight[layout.local]
-            total = sweep.workers.all_reduce(weight.sum())
-            share = torch.where(total > 0, weight / total, 0)  # of each local sample in the loss; 0/0 is 0
-            terms = forward_share * (row_lse - positive)
-            if forward_share < 1:
-                terms = terms + (1 - forward_share) * (column_lse[layout.local] - positive)
-            loss = sweep.workers.all_reduce(terms.where(weight > 0, 0).mul_(share).sum())
-        ctx.save_for_backward(anchors, candidates, factor, row_lse, column_lse, share, total)
-        ctx.columns, ctx.sweep, ctx.forward_share, ctx.scale_dtype = columns, sweep, forward_share, scale.dtype
+                column_gap = layout.workers.all_reduce((column_gap - shift).exp_()).log_().add_(shift)
+            row_loss, column_loss = _softplus(row_gap), _softplus(column_gap)
+            loss = run.mean(forward_share * row_loss + (1 - forward_share) * column_loss[layout.local])
+            pull = forward_share * row_gap.sigmoid() + (1 - forward_share) * column_gap[layout.local].sigmoid()
+        ctx.save_for_backward(anchors, candidates, factor, own, everyone, row_loss, column_loss, pull)
+        ctx.run, ctx.forward_share, ctx.scale_dtype, ctx.kept = run, forward_share, scale.dtype, kept
+        positive, row_lse = own.clone(), own + row_loss
         ctx.mark_non_differentiable(positive, row_lse)
         return loss, positive, row_lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, candidates, factor, row_lse, column_lse, share, total = ctx.saved_tensors
-        columns, sweep, forward_share = ctx.columns, ctx.sweep, ctx.forward_share
-        layout: Layout = sweep.layout
-        kind = factor.dtype
-        # A sample with no valid column has -inf here; its probabilities are 0, not NaN.
-        row_lse = row_lse.where(row_lse.isfinite(), torch.inf)
-        column_lse = column_lse.where(column_lse.isfinite(), torch.inf)
-        row_weight = forward_share * share
-        column_weight = (1 - forward_share) * torch.where(total > 0, columns.weight / total, 0)
-
-        d_anchors = torch.zeros(anchors.shape, dtype=kind, device=anchors.device)
-        exchange = ColumnExchange(candidates, layout, sweep.exchange, accumulate=kind)
+        anchors, candidates, factor, own, everyone, row_loss, column_loss, pull = ctx.saved_tensors
+        run: Bipartite = ctx.run
+        # f w_i p_ij is exp(s_ij - s_ii - row_i) with the weight in row_i, which is inf without weight; columns alike.
+        row = row_loss - (ctx.forward_share * run.weight).log()
+        column = column_loss - ((1 - ctx.forward_share) * run.columns.weight).log()
+        middle = _middle(own + row, everyone + column)
+        if middle is not None:
+            row, column = (middle - own - row).exp_(), (middle - everyone - column).exp_()
+        gradients = Gradients(run, anchors, candidates, ctx.needs_input_grad[:2])
         with torch.autocast(anchors.device.type, enabled=False):
-            for block in exchange:
-                for i, j in sweep.tiling.cut(len(anchors), len(block.values)):
-                    at = slice(block.start + j.start, block.start + j.stop)
-                    scores = columns.mask_(product(anchors[i], block.values[j].T).mul_(factor), i, at)
-                    slope = (scores - row_lse[i, None]).exp_().mul_(row_weight[i, None])
-                    if forward_share < 1:
-                        slope += scores.sub_(column_lse[at]).exp_().mul_(column_weight[at])
-                    # The positive's own -1, both directions at once, before anything is rounded to a half type.
-                    offset = columns.first_row + i.start - at.start
-                    own = slope.diagonal(offset)
-                    own -= share[i][max(0, -offset) :][: len(own)]
-                    slope = slope.to(anchors.dtype)
-                    add_product_(d_anchors[i], slope, block.values[j])
-                    add_product_(block.gradient[j], slope.T, anchors[i])
-            d_candidates = exchange.gradient()
-            # sum_ij slope_ij <a_i, c_j> is <a_i, its gradient>: the temperature costs no product of its own.
-            d_scale = (anchors.to(kind) * d_anchors).sum()
-            factor = factor * grad * sweep.workers.averaged_by
+            for tile in gradients.tiles():
+                i, j = tile.rows, tile.columns
+                scores = ctx.kept[tile.number] if tile.number in ctx.kept else _others(run, tile, factor)
+                if middle is not None:
+                    slope = (scores - middle).exp_().mul_(row[i, None] + column[j])
+                else:
+                    slope = (scores - own[i, None]).sub_(row[i, None]).exp_()
+                    slope += (scores - everyone[j]).sub_(column[j]).exp_()
+                tile.own(slope).copy_(-tile.own_rows(run.weight * pull))
+                gradients.add_(tile, slope)
+            d_anchors, d_candidates, d_scale = gradients.finish()
+            outer = grad * run.inverse * run.workers.averaged_by
         return (
-            (d_anchors * factor).to(anchors.dtype),
-            (d_candidates * factor).to(candidates.dtype),
-            (d_scale * grad * sweep.workers.averaged_by).to(ctx.scale_dtype),
-            None,
+            None if d_anchors is None else d_anchors.mul_(factor * outer).to(anchors.dtype),
+            None if d_candidates is None else d_candidates.mul_(factor * outer).to(candidates.dtype),
+            (d_scale * outer).to(ctx.scale_dtype),
             None,
             None,
         )
+
+
+def _others(run: Bipartite, tile: Tile, factor: Tensor) -> Tensor:
+    """The scores of a tile; -inf where a pair is none, or is the own pair, which is treated apart."""
+    scores = run.columns.mask_(tile.scores().mul_(factor), tile.rows, tile.columns)
+    tile.own(scores).fill_(-torch.inf)
+    return scores
+
+
+def gaps(scores: Tensor, own_rows: Tensor, own_columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the rows [m] and columns [n] of scores, less the own score of each row and column.
+
+    One exponential a score serves both. Differences of scores are taken before logarithms are added, so that a common
+    size of all scores costs no digits. A score may be -inf.
+    """
+    if not scores.numel():
+        return scores.logsumexp(1), scores.logsumexp(0)
+    largest = scores.amax(1)
+    shift = largest.where(largest.isfinite(), 0)
+    powers = (scores - shift[:, None]).exp_()
+    top = shift.max()
+    sums = (shift - top).exp_() @ powers
+    columns = sums.log() + (top - own_columns)
+    # A column far below the best of all rows has lost its digits: such are summed by themselves.
+    faint = (sums < math.exp(-SPREAD)).nonzero()[:, 0]
+    if len(faint):
+        columns[faint] = (scores[:, faint] - own_columns[faint]).logsumexp(0)
+    return powers.sum(1).log_().add_(shift - own_rows), columns
+
+
+def _softplus(values: Tensor) -> Tensor:
+    """log(1 + exp(x)), to the digits of the type for any x; torch's own is cut off at 20."""
+    return torch.logaddexp(values, torch.zeros_like(values))
+
+
+def _middle(row: Tensor, column: Tensor) -> Tensor | None:
+    """A number from which none of the finite log-sum-exps is far, if there is one."""
+    every = torch.cat([row, column])
+    every = every[every.isfinite()]
+    if not len(every):
+        return None
+    least, most = every.aminmax()
+    return (least + most) / 2 if most - least < SPREAD else None
 
 
 def symmetric_infonce(
@@ -210,9 +176,6 @@ def symmetric_infonce(
     Returns:
         loss (0-d), and without gradient the scaled positive scores [B] and the row log-sum-exps [B].
     """
-    workers = layout.workers
-    if exchange == "local":  # each worker's negatives are its own; the mean is still over all workers' samples
-        layout = Layout(Workers(), (len(anchors),))
-    columns = Columns.of(weight.to(accumulation_type(anchors.dtype)), content, layout)
-    sweep = Sweep(layout, exchange, tiling, workers)
-    return SymmetricInfoNCE.apply(anchors, candidates, scale, columns, sweep, forward_share)
+    weight = weight.to(accumulation_type(anchors.dtype))
+    run = Bipartite.of(weight, content, layout, exchange, tiling)
+    return SymmetricInfoNCE.apply(anchors, candidates, scale, run, forward_share)

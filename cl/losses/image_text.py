@@ -11,18 +11,13 @@ each time with the embeddings of another part attached: embeddings get their gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from cl.engine.collectives import Workers
-from cl.engine.rule import Reductions, Rule, Samples, Tile, row_sum
-from cl.engine.side import sides_of
+from cl.engine.sigmoid import sigmoid_loss
 from cl.engine.sweep import Tiling
 from cl.engine.symmetric import symmetric_infonce
-from cl.engine.tiles import evaluate
 from cl.errors import ConfigError
 
 
@@ -101,23 +96,6 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class _Sigmoid(Rule):
-    def __init__(self, scale: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.tensors = (scale, bias)
-
-    def learnt(self) -> Sequence[Tensor]:
-        return self.tensors
-
-    def tile(self, t: Tile) -> Reductions:
-        scale, bias = self.tensors
-        logits = scale * t.scores + bias
-        return {"loss": row_sum(softplus(torch.where(t.own, -logits, logits)))}
-
-    def finish(self, s: Samples) -> Tensor:
-        return s["loss"]
-
-
 class SigLipLoss(nn.Module):
     """The sigmoid loss with the signature of `open_clip.loss.SigLipLoss`.
 
@@ -149,14 +127,13 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of the global batch; arguments as in `ClipLoss`, with a bias that counts."""
-        workers = _workers(self.world_size)
-        weight = _weight(image_features)
-        layout = workers.layout(len(weight), weight.device)
-        sides = sides_of({"image": image_features, "text": text_features}, layout, weight)
-        loss, _ = evaluate(
-            _Sigmoid(_scalar(logit_scale, self.accum_freq), _scalar(logit_bias, self.accum_freq)),
-            sides,
-            workers,
+        loss = sigmoid_loss(
+            image_features,
+            text_features,
+            _scalar(logit_scale, self.accum_freq),
+            _scalar(logit_bias, self.accum_freq),
+            layout=_workers(self.world_size).layout(len(image_features), image_features.device),
+            weight=_weight(image_features),
             tiling=self.tiling,
         )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -33,6 +33,7 @@ class InfoNCEConfig(TemperatureConfig):
     )
     tile_rows: int = Field(256, ge=1, description="anchors a tile")
     tile_columns: int = Field(2048, ge=1, description="candidates a tile")
+    keep: int = Field(64, ge=0, description="MiB of scores kept from forward to backward; the rest is computed again")
 
 
 @OBJECTIVES.register(
@@ -51,7 +52,7 @@ class InfoNCE(Objective):
         self.temperature = Temperature(config)
         self.forward_share = {"both": 0.5, "forward": 1.0, "backward": 0.0}[config.direction]
         self.exchanger = Exchanger(config.exchange)
-        self.tiling = Tiling(config.tile_rows, config.tile_columns)
+        self.tiling = Tiling(config.tile_rows, config.tile_columns, config.keep)
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         first, second = self.config.views or tuple(pairs.views)

@@ -4,6 +4,9 @@
 
 Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1: t starts at 10, b at -10, both are
 learnt. The sum over j is not averaged; the mean over i is. Pairs of equal content are left out.
+
+Two views that all samples have take the fused path; further embeddings (`extra`) and missing modalities take the
+general one.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Samples, Tile, row_sum
-from cl.objectives.base import OBJECTIVES
+from cl.engine.sigmoid import sigmoid_loss
+from cl.objectives.base import OBJECTIVES, Outcome
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.pairs import Pairs
 
 
 class SigLIPConfig(ScaledConfig):
@@ -44,6 +50,25 @@ class SigLIP(ScaledObjective):
             self.bias = nn.Parameter(bias)
         else:
             self.register_buffer("bias", bias)
+
+    def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
+        names = self.view_names or tuple(pairs.views)
+        anchors, candidates = (pairs.view(name) for name in names[:2])
+        if self.extra or pairs.present or anchors.dim() > 2 or candidates.dim() > 2:
+            return super().forward(pairs, workers)
+        layout = workers.layout(len(pairs), pairs.device)
+        loss = sigmoid_loss(
+            anchors,
+            candidates,
+            self.temperature(),
+            self.bias,
+            layout=layout,
+            weight=pairs.weights(),
+            content=pairs.content_columns(),
+            exchange=self.exchanger(layout.total, anchors.shape[1], anchors.element_size(), workers),
+            tiling=self.tiling,
+        )
+        return Outcome(loss, dict(self.measures()))
 
     def tile(self, t: Tile) -> Reductions:
         logits = self.temperature() * t.scores + self.bias

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cl.engine.collectives import Workers
+from cl.engine.symmetric import gaps
 from cl.objectives import ObjectiveConfig, build_objective
 from cl.pairs import Pairs
 from tests.distributed.pool import Pool, gradient
@@ -32,12 +33,14 @@ class Case:
     direction: str = "both"
     tile_rows: int = 256
     tile_columns: int = 8192
+    keep: int = 64
     repeats: bool = False
     masked: bool = False
     seed: int = 0
     temperature: float = 1 / SCALE
     dtype: torch.dtype = torch.float64
     alike: bool = False  # all embeddings the same direction, but for a little
+    opposed: bool = False  # and every second anchor the other way
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -46,6 +49,8 @@ class Case:
         second = normalize(torch.randn(count, DIMENSIONS, generator=generator, dtype=torch.float64), dim=1)
         if self.alike:
             first, second = (normalize(first[:1] + 1e-3 * view, dim=1) for view in (first, second))
+        if self.opposed:
+            first[::2] *= -1
         content = torch.arange(2 * count).view(count, 2)
         if self.repeats:
             content = torch.randint(0, max(2, count // 2), (count, 2), generator=generator)
@@ -98,6 +103,7 @@ def on_worker(workers: Workers, case: Case) -> tuple[Tensor, Tensor, Tensor, Ten
             "exchange": case.exchange,
             "tile_rows": case.tile_rows,
             "tile_columns": case.tile_columns,
+            "keep": case.keep,
         }
     )
     objective = build_objective(config).to(torch.float64 if case.dtype == torch.float64 else torch.float32)
@@ -125,10 +131,10 @@ def check(pool: Pool, case: Case, bound: float = 1e-10) -> None:
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("rows", [(7,), (5, 5), (3, 8), (4, 0, 5), (0, 2, 7, 1)], ids=str)
-@pytest.mark.parametrize("tiles", [(256, 8192), (3, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("tiles", [(256, 8192, 64), (256, 8192, 0), (3, 4, 0), (1, 1, 64)], ids=str)
 @pytest.mark.parametrize("batch", ["plain", "repeats", "masked", "repeats and masked"])
 def test_equals_dense_formula(
-    pool: Pool, exchange: str, rows: tuple[int, ...], tiles: tuple[int, int], batch: str
+    pool: Pool, exchange: str, rows: tuple[int, ...], tiles: tuple[int, int, int], batch: str
 ) -> None:
     check(
         pool,
@@ -137,6 +143,7 @@ def test_equals_dense_formula(
             exchange,
             tile_rows=tiles[0],
             tile_columns=tiles[1],
+            keep=tiles[2],
             repeats="repeats" in batch,
             masked="masked" in batch,
             seed=hash((rows, tiles)) % 1000,
@@ -148,6 +155,31 @@ def test_equals_dense_formula(
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_one_direction(pool: Pool, direction: str, exchange: str) -> None:
     check(pool, Case((4, 3, 5), exchange, direction, tile_rows=2, tile_columns=3, repeats=True, masked=True))
+
+
+@pytest.mark.parametrize("keep", [0, 64])
+@pytest.mark.parametrize("direction", ["both", "forward"])
+def test_scores_far_apart(pool: Pool, direction: str, keep: int) -> None:
+    """Log-sum-exps of 100 and -100 in float32: no single exponential could serve both.
+
+    A score of 100 is rounded to 4e-6, while embeddings differ by a thousandth and the temperature's gradient is made of
+    differences of scores.
+    """
+    case = Case((9, 6), "gather", direction, temperature=0.01, dtype=torch.float32, alike=True, opposed=True, keep=keep)
+    check(pool, case, bound=5e-3)
+
+
+def test_some_tiles_are_kept(pool: Pool) -> None:
+    """Of 256, 256 and 178 rows of scores only the last fit into 1 MiB."""
+    check(pool, Case((690,), keep=1))
+
+
+def test_columns_far_below_a_row_keep_their_digits() -> None:
+    """The shared exponential of a tile underflows in column 2, which is 200 below the best of its rows."""
+    scores = torch.tensor([[100.0, 98.0, -101.0, -torch.inf], [90.0, -torch.inf, -103.0, -torch.inf]])
+    rows, columns = gaps(scores, torch.zeros(2), torch.zeros(4))
+    torch.testing.assert_close(rows.double(), scores.double().logsumexp(1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(columns.double(), scores.double().logsumexp(0), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])

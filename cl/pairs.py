@@ -6,7 +6,7 @@ describes the samples in the same order. Whatever an objective needs of other wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -139,6 +139,20 @@ class Pairs:
         if name not in self.views:
             raise DataError(f"The batch has no view {name!r}; it has {', '.join(self.views)}.")
         return self.views[name]
+
+    def two_views(self, names: Sequence[str] | None) -> tuple[str, str]:
+        """The two views that an objective compares: those named, or the batch's where it has just two.
+
+        Raises:
+            DataError: none are named, and the batch has another number of them.
+        """
+        found = list(names or self.views)
+        if len(found) != 2:
+            raise DataError(
+                f"The objective compares two views, but there are {len(found)} ({', '.join(found)}): name two in its "
+                "field views."
+            )
+        return found[0], found[1]
 
     def label(self, name: str) -> Tensor:
         """What is known of each sample by that name, with a clear error when it is not there."""

@@ -55,14 +55,15 @@ class InfoNCE(Objective):
         self.tiling = Tiling(config.tile_rows, config.tile_columns, config.keep)
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
-        first, second = self.config.views or tuple(pairs.views)
+        first, second = pairs.two_views(self.config.views)
         anchors, candidates = pairs.view(first), pairs.view(second)
         if self.forward_share == 0:
             anchors, candidates = candidates, anchors
         self.temperature.follow_(pairs.clock)
         scale = self.temperature()
         layout = workers.layout(len(pairs), anchors.device)
-        weight = pairs.weights(torch.float32 if anchors.dtype != torch.float64 else anchors.dtype)
+        # A sample that lacks a view takes no part, as if it were masked.
+        weight = pairs.view_weights(first).where(pairs.view_weights(second) > 0, 0)
         loss, positive, row_lse = symmetric_infonce(
             anchors,
             candidates,

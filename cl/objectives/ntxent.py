@@ -29,7 +29,7 @@ class NTXent(ScaledObjective):
     Config = ScaledConfig
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
-        first, second = views
+        first, second = views[:2]
         return [(first, second), (first, first), (second, second)]
 
     def tile(self, t: Tile) -> Reductions:
@@ -39,5 +39,5 @@ class NTXent(ScaledObjective):
         return {"lse": [row_lse(logits), column_lse(logits)]}
 
     def finish(self, s: Samples) -> Tensor:
-        first, second = s.views
+        first, second = list(s.views)[:2]
         return (s["lse", first] + s["lse", second]) / 2 - self.temperature() * s.own(first, second)

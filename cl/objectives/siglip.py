@@ -52,8 +52,8 @@ class SigLIP(ScaledObjective):
             self.register_buffer("bias", bias)
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
-        names = self.view_names or tuple(pairs.views)
-        anchors, candidates = (pairs.view(name) for name in names[:2])
+        self.temperature.follow_(pairs.clock)
+        anchors, candidates = (pairs.view(name) for name in pairs.two_views(self.view_names))
         if self.extra or pairs.present or anchors.dim() > 2 or candidates.dim() > 2:
             return super().forward(pairs, workers)
         layout = workers.layout(len(pairs), pairs.device)

@@ -15,7 +15,6 @@ from open_clip.loss import SigLipLoss as OpenSigLipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cl.engine.collectives import Workers
 from cl.engine.sweep import Tiling
 from cl.errors import ConfigError
 from cl.losses import ClipLoss, SigLipLoss

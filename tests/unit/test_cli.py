@@ -111,7 +111,7 @@ def test_one_objective_shows_its_formula_and_the_range_of_each_parameter(capsys:
     code, out, _ = call(capsys, "objectives", "infonce", "--json")
     rows = {row["parameter"]: row for row in json.loads(out)}
     assert code == 0
-    assert rows["temperature"]["range"] == "> 0"
+    assert rows["max_scale"]["range"] == "> 0"
     assert rows["direction"]["type"] == "both | forward | backward"
     assert rows["tile_rows"] == {
         "parameter": "tile_rows",

@@ -18,7 +18,7 @@ import yaml
 from cl import cli
 from cl.errors import DataError
 from cl.objectives import OBJECTIVES
-from cl.objectives.table import parameter_rows
+from cl.objectives.table import markdown, parameter_rows
 
 LISTS = ("objectives", "recipes", "augmentations", "stages", "metrics")
 RUNS = ("ingest", "curate", "train", "eval", "sweep", "embed")
@@ -127,6 +127,12 @@ def test_every_parameter_of_every_objective_says_what_it_means(capsys: pytest.Ca
     for name in [entry.name for entry in OBJECTIVES.entries()]:
         for row in parameter_rows(name):
             assert row["meaning"], (name, row["parameter"])
+
+
+def test_the_documented_table_of_objectives_is_that_of_the_registry() -> None:
+    """`clew objectives --markdown` made it; make it anew when an objective changes."""
+    documented = (Path(__file__).resolve().parents[2] / "cl" / "objectives" / "README.md").read_text()
+    assert documented.endswith(markdown())
 
 
 def test_errors_end_with_their_exit_codes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class ConceptsConfig(Config):
 
 
 @OBJECTIVES.register(
-    "concept_distillation",
+    "concept-distillation",
     "linear classifiers on an embedding predict concepts (DiHT, CatLIP)",
     paper="Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training",
 )

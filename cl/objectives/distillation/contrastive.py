@@ -32,7 +32,7 @@ class ContrastiveDistillationConfig(ScaledConfig):
 
 
 @OBJECTIVES.register(
-    "contrastive_distillation",
+    "contrastive-distillation",
     "the student finds the teacher's embedding of its own sample among all others",
     paper="Contrastive Representation Distillation",
 )

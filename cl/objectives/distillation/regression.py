@@ -34,7 +34,7 @@ class RegressionConfig(Config):
 
 
 @OBJECTIVES.register(
-    "embedding_regression",
+    "embedding-regression",
     "the student's embeddings become the teacher's",
     paper="Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation",
 )

@@ -43,7 +43,7 @@ class SimilaritiesConfig(ScaledConfig):
 
 
 @OBJECTIVES.register(
-    "similarity_distillation",
+    "similarity-distillation",
     "the student's similarities to all candidates follow the teacher's, in both directions (CLIP-KD)",
     paper="CLIP-KD: An Empirical Study of CLIP Model Distillation",
 )

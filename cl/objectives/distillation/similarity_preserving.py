@@ -24,7 +24,7 @@ class SimilarityPreservingConfig(TiledConfig):
 
 
 @OBJECTIVES.register(
-    "similarity_preserving",
+    "similarity-preserving",
     "every pair of samples is as similar to the student as to the teacher",
     paper="Similarity-Preserving Knowledge Distillation",
 )

@@ -25,7 +25,7 @@ class BarlowTwinsConfig(MomentConfig):
 
 
 @OBJECTIVES.register(
-    "barlow_twins",
+    "barlow-twins",
     "the cross-correlation of two views becomes the identity",
     paper="Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
 )

@@ -23,7 +23,7 @@ from cl.objectives.tiled import TiledConfig, TiledObjective
 
 
 @OBJECTIVES.register(
-    "distance_correlation",
+    "distance-correlation",
     "maximal distance correlation with other representations of the same samples (MV-MR)",
     paper="MV-MR: multi-views and multi-representations for self-supervised learning and knowledge distillation",
 )

@@ -36,7 +36,7 @@ class SparseCodesConfig(MomentConfig, TemperatureConfig):
 
 
 @OBJECTIVES.register(
-    "sparse_codes",
+    "sparse-codes",
     "sparse codes of (frozen) embeddings, reconstructed and contrasted (CSR)",
     paper="Beyond Matryoshka: Revisiting Sparse Coding for Adaptive Representation",
 )

@@ -27,7 +27,7 @@ class WhiteningConfig(MomentConfig):
 
 
 @OBJECTIVES.register(
-    "w_mse",
+    "w-mse",
     "views agree after whitening over the global batch",
     paper="Whitening for Self-Supervised Representation Learning",
 )

@@ -36,7 +36,7 @@ class PerSampleConfig(TiledConfig):
 
 
 @OBJECTIVES.register(
-    "infonce_per_sample",
+    "infonce-per-sample",
     "symmetric InfoNCE with a temperature that is predicted from each sample's embedding (TempNet)",
     paper="To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO",
 )

@@ -28,7 +28,7 @@ class PerSideConfig(ScaledConfig):
 
 
 @OBJECTIVES.register(
-    "infonce_per_side",
+    "infonce-per-side",
     "symmetric InfoNCE with a learnt temperature for each direction",
     paper="Learning Transferable Visual Models From Natural Language Supervision",
 )

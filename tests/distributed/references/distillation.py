@@ -116,22 +116,22 @@ def similarity_preserving(batch: Batch, parameters: Mapping[str, Tensor], settin
 ALL = ("a", "b", "a_teacher", "b_teacher")
 BOTH = {"a": "a_teacher", "b": "b_teacher"}
 REFERENCES: dict[str, Reference] = {
-    "similarity_distillation": Reference(
+    "similarity-distillation": Reference(
         similarity_distillation, [{"teacher_temperature": 0.2}, {"direction": "forward"}], views=ALL
     ),
     "seed": Reference(
         seed, [{"queue": 11, "teacher_temperature": 0.1, "learn_temperature": True}], views=("a", "a_teacher")
     ),
-    "embedding_regression": Reference(
+    "embedding-regression": Reference(
         embedding_regression,
         [{}, {"targets": BOTH, "distance": "cosine"}, {"distance": "smooth_l1", "beta": 0.4}],
         views=ALL,
     ),
-    "contrastive_distillation": Reference(
+    "contrastive-distillation": Reference(
         contrastive_distillation, [{"targets": BOTH}, {"queue": 11, "temperature": 0.2}], views=ALL
     ),
-    "concept_distillation": Reference(
+    "concept-distillation": Reference(
         concept_distillation, [{"concepts": 4}, {"concepts": 4, "form": "binary"}], views=("a",)
     ),
-    "similarity_preserving": Reference(similarity_preserving, [{}, {"targets": BOTH}], views=ALL),
+    "similarity-preserving": Reference(similarity_preserving, [{}, {"targets": BOTH}], views=ALL),
 }

@@ -244,11 +244,11 @@ def hashing(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[st
 TEACHERS = ("a", "b", "a_teacher", "b_teacher")
 INNER = {"name": "infonce"}
 REFERENCES: dict[str, Reference] = {
-    "barlow_twins": Reference(barlow_twins, [{}, {"projector": [7, 4], "off_diagonal": 0.2, "scale": 0.1}]),
+    "barlow-twins": Reference(barlow_twins, [{}, {"projector": [7, 4], "off_diagonal": 0.2, "scale": 0.1}]),
     "vicreg": Reference(
         vicreg, [{"target": 0.4}, {"projector": [7, 4], "invariance": 0.5, "variance": 0.3, "covariance": 0.2}]
     ),
-    "w_mse": Reference(w_mse, [{"projector": [2], "eps": 0.01}], tolerance=1e-8),
+    "w-mse": Reference(w_mse, [{"projector": [2], "eps": 0.01}], tolerance=1e-8),
     "whitened": Reference(whitened, [{"objective": INNER, "group": 2, "shuffles": 2, "eps": 0.01}], tolerance=1e-8),
     "simsiam": Reference(simsiam, [{"projector": [], "predictor": [4]}, {"projector": [7, 4], "predictor": []}]),
     "byol": Reference(byol, [{"projector": [7, 4], "predictor": [3], "momentum": 0.7}], views=TEACHERS),
@@ -257,8 +257,8 @@ REFERENCES: dict[str, Reference] = {
         [{"hidden": 5, "bottleneck": 4, "prototypes": 7, "momentum": 0.8, "teacher_temperature": 0.3}],
         views=("a", "b", "c", "a_teacher", "b_teacher"),
     ),
-    "distance_correlation": Reference(distance_correlation, [{}], views=("a", "b", "b_teacher")),
-    "sparse_codes": Reference(sparse_codes, [{"width": 13, "active": 3}]),
+    "distance-correlation": Reference(distance_correlation, [{}], views=("a", "b", "b_teacher")),
+    "sparse-codes": Reference(sparse_codes, [{"width": 13, "active": 3}]),
     "hashing": Reference(
         hashing,
         [{"objective": INNER, "bits": 5}, {"objective": INNER, "bits": 5, "sharpness": {"start": 1.0, "end": 4.0}}],

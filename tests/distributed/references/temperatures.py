@@ -43,6 +43,6 @@ def per_sample(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping
 
 RAMP = {"start": 0.3, "end": 0.1, "shape": "cosine"}
 REFERENCES: dict[str, Reference] = {
-    "infonce_per_side": Reference(per_side, [{}, {"second_temperature": RAMP}]),
-    "infonce_per_sample": Reference(per_sample, [{"least": 0.05, "greatest": 0.5, "rho": 2.0}]),
+    "infonce-per-side": Reference(per_side, [{}, {"second_temperature": RAMP}]),
+    "infonce-per-sample": Reference(per_sample, [{"least": 0.05, "greatest": 0.5, "rho": 2.0}]),
 }

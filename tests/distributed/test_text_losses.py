@@ -230,7 +230,7 @@ def test_direction_without_its_positive_is_refused() -> None:
         ({"mini_batch_size": 0}, "mini_batch_size"),
         ({"mini_batch_num_tokens": 0}, "mini_batch_num_tokens"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_settings_that_cannot_be_computed_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

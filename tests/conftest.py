@@ -22,6 +22,7 @@ def ray_session() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, what starts Ray shares one worker process, and what shares the gloo pool another.
 

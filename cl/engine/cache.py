@@ -27,9 +27,9 @@ from cl.errors import ConfigError
 
 Chunk = TypeVar("Chunk")
 
-# How far the embeddings of the two passes may be apart, relative to their length: above what rounding does, bf16 in
-# differently compiled graphs included, and below what other dropout masks do.
-TOLERANCE = 0.05
+# How far the embeddings of the two passes may be apart, relative to their length. Rounding makes up to 0.007 (bf16,
+# passes compiled apart), other random numbers 0.07 and more (a tenth of the patches dropped).
+TOLERANCE = 0.03
 
 
 class _RandomState:

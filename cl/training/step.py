@@ -86,6 +86,13 @@ class TrainStep(nn.Module):
         """The names of the teachers' embeddings."""
         return [view for teacher in self.teachers.values() for view in teacher.outputs]
 
+    def view_groups(self, batch: Batch) -> list[list[str]]:
+        """What gradient caching encodes together: each view alone, for the memory of the largest tower, and those of
+        the teachers.
+        """
+        taught = self._taught_views()
+        return [*([view] for view in batch.views if view not in taught), *([taught] if taught else [])]
+
     def judge(self, views: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The objective on the embeddings of a whole local batch."""
         finite = torch.stack([view.detach().isfinite().flatten(1).all(dim=1) for view in views.values()]).all(dim=0)
@@ -135,7 +142,7 @@ def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_bat
         module,
         chunks,
         device=batch.weight.device,
-        groups=[(view,) for view in batch.views],  # a tower at a time: the memory of the larger one
+        groups=step.view_groups(batch),
         frozen=step.frozen_views(),
         wrapper=module,
     )

@@ -32,7 +32,7 @@ class Emoji:
     words: Tensor  # [N, 4, 512], the first words of the caption
     word_mask: Tensor  # [N, 4]
     group: Tensor  # [N] int64
-    tags: Tensor  # [N, 16], which of the most frequent keywords it has
+    tags: Tensor  # [N, 16] of 0 and 1: its group, and which of the most frequent keywords it has
 
     def __len__(self) -> int:
         return len(self.group)
@@ -43,7 +43,7 @@ def read_emoji(*shards: str) -> Emoji:
     rows = [row for shard in shards for row in _rows(SAMPLE / shard)]
     groups = sorted({meta["label"] for _, _, meta in rows})
     names = [word for _, _, meta in rows for word in meta["keywords"]]
-    frequent = sorted(set(names), key=lambda word: (-names.count(word), word))[:TAGS]
+    frequent = sorted(set(names), key=lambda word: (-names.count(word), word))[: TAGS - len(groups)]
     words = [text.lower().split()[:4] for _, text, _ in rows]
     return Emoji(
         pictures=torch.stack([_picture(data) for data, _, _ in rows]),
@@ -52,7 +52,13 @@ def read_emoji(*shards: str) -> Emoji:
         words=torch.stack([torch.stack([_features(w[i : i + 1]) for i in range(4)]) for w in words]),
         word_mask=torch.tensor([[i < len(w) for i in range(4)] for w in words]),
         group=torch.tensor([groups.index(meta["label"]) for _, _, meta in rows]),
-        tags=torch.tensor([[float(word in meta["keywords"]) for word in frequent] for _, _, meta in rows]),
+        tags=torch.tensor(
+            [
+                [float(name == meta["label"]) for name in groups]
+                + [float(word in meta["keywords"]) for word in frequent]
+                for _, _, meta in rows
+            ]
+        ),
     )
 
 

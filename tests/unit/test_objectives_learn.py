@@ -1,7 +1,8 @@
 """Every registered objective trains: 200 steps on the shipped emoji, by one shared config, beat the untrained state.
 
 Beaten is retrieval of held-out drawings by their captions (recall at 10, by a factor of 3) or, for objectives that do
-not bring pictures and captions together, the classification of pictures by their nearest neighbours (error, by 10 %).
+not bring pictures and captions together, the classification of pictures by their nearest neighbours (error, by 8 %);
+for those that follow a teacher, agreement with its neighbours (by a factor of 2).
 An objective whose score is the product of three modalities is asked with that score.
 """
 
@@ -171,14 +172,29 @@ def good_teacher() -> Towers:
     return train("infonce", {})
 
 
+@torch.no_grad()
+def agreement(towers: Towers, teacher: Towers) -> float:
+    """How many of the ten held-out drawings nearest to one of them are the teacher's ten nearest as well."""
+
+    def nearest(model: Towers) -> Tensor:
+        embeddings = model.encode("picture", held_out().pictures)
+        return (embeddings @ embeddings.T).fill_diagonal_(-2).topk(10, 1).indices
+
+    return float((nearest(towers)[:, :, None] == nearest(teacher)[:, None]).any(2).double().mean())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFERENCES)
 def test_objective_trains(name: str) -> None:
     distils = OBJECTIVES[name].__module__.startswith("cl.objectives.distillation")
-    towers = train(name, REFERENCES[name].settings[0], good_teacher() if distils else None)
+    settings = dict(REFERENCES[name].settings[0])
+    if "concepts" in settings:
+        settings["concepts"] = TAGS
+    towers = train(name, settings, good_teacher() if distils else None)
     recall, error = untrained()
     powers = 2 if name == "symile" else 1
-    assert recall_at_10(towers, powers) >= 3 * max(recall, 0.02) or neighbour_error(towers) <= 0.9 * error
+    found = recall_at_10(towers, powers) >= 3 * max(recall, 0.02) or neighbour_error(towers) <= 0.92 * error
+    assert found or (distils and agreement(towers, good_teacher()) >= 2 * agreement(Towers(), good_teacher()))
 
 
 def test_the_sample_has_what_the_objectives_ask_for() -> None:

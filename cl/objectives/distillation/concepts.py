@@ -1,7 +1,7 @@
 """Concept distillation: linear classifiers on the picture's embedding predict concepts that a teacher has found.
 
-    L = mean_i - sum_c p_ic log softmax(W e_i + b)_c,   p_i = tags_i / sum tags_i     (softmax)
-    L = mean_i 1/C sum_c BCE(sigmoid(W e_i + b)_c, tags_ic)                           (binary)
+    L = mean_i - sum_c p_ic log softmax(s W e_i + b)_c,   p_i = tags_i / sum tags_i     (softmax)
+    L = mean_i 1/C sum_c BCE(sigmoid(s W e_i + b)_c, tags_ic)                           (binary)
 
 Radenovic et al. 2023, "Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training", section 3.2
 (softmax cross-entropy to the teacher's predicted objects and attributes); the binary form is CatLIP's (Mehta et al.
@@ -30,6 +30,7 @@ class ConceptsConfig(Config):
     label: str = Field("tags", description="the label of the batch with a column for each concept, from 0 to 1")
     concepts: int = Field(ge=1, description="C, number of concepts")
     form: Literal["softmax", "binary"] = Field("softmax", description="one distribution, or a choice for each concept")
+    scale: float = Field(20.0, gt=0, description="s, factor of the embeddings, which have length 1")
     dimensions: int | None = Field(None, ge=1, description="of the embeddings; default: those of the model")
 
 
@@ -56,7 +57,7 @@ class ConceptDistillation(Objective):
         tags = pairs.label(self.config.label).to(pairs.dtype)
         weight = pairs.view_weights(self.config.view)
         rows = pairs.view(self.config.view).to(pairs.dtype).where((weight > 0)[:, None], 0)
-        logits = self.classify(rows)
+        logits = self.classify(self.config.scale * rows)
         if self.config.form == "binary":
             loss = binary_cross_entropy_with_logits(logits, tags, reduction="none").mean(1)
         else:

@@ -90,7 +90,7 @@ def contrastive_distillation(batch: Batch, parameters: Mapping[str, Tensor], set
 
 def concept_distillation(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
     """DiHT, section 3.2; CatLIP's binary cross-entropy."""
-    logits = batch.views["a"] @ parameters["classify.weight"].T + parameters["classify.bias"]
+    logits = 20 * batch.views["a"] @ parameters["classify.weight"].T + parameters["classify.bias"]
     tags = batch.labels["tags"]
     if settings.get("form") == "binary":
         losses = -(tags * logits.sigmoid().log() + (1 - tags) * (1 - logits.sigmoid()).log()).mean(1)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from cl import storage
 from cl.config import dump_config, parse_config, read_yaml
@@ -31,7 +32,13 @@ from cl.errors import DataError
 CONFIG_FILE = "config.yaml"
 
 
-def save_model(model: EncoderModel, cfg: ModelConfig, folder: str | Path, write_config: bool = True) -> None:
+def save_model(
+    model: EncoderModel,
+    cfg: ModelConfig,
+    folder: str | Path,
+    write_config: bool = True,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model into a local folder.
 
     Args:
@@ -39,10 +46,12 @@ def save_model(model: EncoderModel, cfg: ModelConfig, folder: str | Path, write_
         cfg: the config it was built from.
         folder: created if need be.
         write_config: False if the caller writes a config.yaml that holds `cfg` under `model`.
+        tensors: its state dict, where the model itself holds shards of it; None: the model's own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = model.state_dict() if tensors is None else tensors
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         save_file(tensors, folder / WEIGHTS_FILE)
         for name, tower in cfg.towers.items():

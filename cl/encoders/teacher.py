@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cl import storage
@@ -143,9 +144,15 @@ class Teacher(nn.Module):
         average = get_ema_multi_avg_fn(self.config.momentum_at(step, total_steps))
         for name, tower in self.model.towers.items():
             followed = model.towers[name]
-            average(list(tower.parameters()), list(followed.parameters()), 0)
+            # Both are sharded alike, or neither is.
+            average([_local(p) for p in tower.parameters()], [_local(p) for p in followed.parameters()], 0)
             for own, theirs in zip(tower.buffers(), followed.buffers(), strict=True):  # statistics of batch norms
                 own.copy_(theirs)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This worker's shard of a parameter, or all of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def build_teachers(

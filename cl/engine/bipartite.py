@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cl.engine.collectives import Layout, Workers
-from cl.engine.products import accumulation_type, add_product_, product
+from cl.engine.products import accumulation_type, add_product_, product, wide
 from cl.engine.sweep import ColumnExchange, Exchange, Tiling, repeated_content
 
 
@@ -78,6 +78,7 @@ class Tile:
     Attributes:
         number: place in the sweep, the same in every sweep.
         anchors, candidates: [m, D] and [n, D].
+        wide: the candidates as scores want them.
         gradient: [n, D], the sum that belongs to the candidates; empty in a sweep without gradients.
         offset: the diagonal on which a row meets its own candidate, as `Tensor.diagonal` counts.
     """
@@ -87,12 +88,13 @@ class Tile:
     columns: slice
     anchors: Tensor
     candidates: Tensor
+    wide: Tensor
     gradient: Tensor
     offset: int
 
     def scores(self) -> Tensor:
         """[m, n] in the accumulation type."""
-        return product(self.anchors, self.candidates.T)
+        return product(self.anchors, self.wide.T, widened_from=self.candidates.dtype)
 
     def own(self, values: Tensor) -> Tensor:
         """The own pairs in [m, n], a view; empty where the tile has none."""
@@ -157,10 +159,13 @@ class Bipartite:
         if isinstance(candidates, Tensor):
             candidates = ColumnExchange(candidates, self.layout, self.exchange)
         for block in candidates:
+            band = None
             for i, j in self.tiling.cut(len(anchors), len(block.values)):
+                if j != band:
+                    band, widened = j, wide(block.values[j])
                 at = slice(block.start + j.start, block.start + j.stop)
                 offset = self.columns.first_row + i.start - at.start
-                yield Tile(number, i, at, anchors[i], block.values[j], block.gradient[j], offset)
+                yield Tile(number, i, at, anchors[i], block.values[j], widened, block.gradient[j], offset)
                 number += 1
 
 

@@ -170,11 +170,15 @@ class CachedBatch(Generic[Chunk]):
                     apart = apart + (found.detach() - first[name][rows]).float().square().sum()
                 if last:
                     for parameter, slope in zip(self.own, own_slopes, strict=True):
-                        total = total + (parameter * slope).sum()
+                        if self.driver.holds(parameter):
+                            total = total + (parameter * slope).sum()
                     for parameter in self.driver.awaited():
                         total = total + 0.0 * parameter.sum()
                 if isinstance(total, Tensor):
                     (factor * total).backward()
+        for parameter, slope in zip(self.own, own_slopes, strict=True):
+            if not self.driver.holds(parameter):
+                parameter.grad = factor * slope if parameter.grad is None else parameter.grad.add_(factor * slope)
         if apart > TOLERANCE**2 * sum(first[name].float().square().sum() for name in self.trained):
             raise ConfigError(
                 "The two passes of gradient caching gave different embeddings, so the gradients are wrong: the encoder "

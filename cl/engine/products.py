@@ -5,10 +5,10 @@
 does; they are summed in float32.
 
 CUDA multiplies half types into float32. On the CPU PyTorch has no such product. Scores of half types are widened there,
-which is exact, and multiplied in float32; as widened bfloat16 loses nothing when it is narrowed again, oneDNN may use
-its bfloat16 units (AMX), which sum in float32. A gradient of one tile comes from the bfloat16 product, whose sums are
-float32 inside and rounded once at the end, where the CPU has instructions for it (2 to 2.5 times the speed of
-float32); the sum over tiles stays in float32.
+which is exact, and multiplied in float32 (`wide` does it once for an operand of many products); as widened bfloat16
+loses nothing when it is narrowed again, oneDNN may use its bfloat16 units (AMX), which sum in float32. A tile's
+gradient comes from the bfloat16 product, whose sums are float32 inside and rounded once at the end, where the CPU has
+instructions for it (2 to 2.5 times the speed of float32); the sum over tiles stays in float32.
 """
 
 from __future__ import annotations
@@ -28,16 +28,25 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF_TYPES else dtype
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] times right [k, n], accumulated and returned in float32 where the inputs are of a half type."""
-    if left.dtype not in HALF_TYPES:
-        return left @ right
-    if left.is_cuda:
+def wide(operand: Tensor) -> Tensor:
+    """An operand in the type in which `product` multiplies it: itself, or a copy in float32."""
+    return operand.float() if operand.dtype in HALF_TYPES and not operand.is_cuda else operand
+
+
+def product(left: Tensor, right: Tensor, widened_from: torch.dtype | None = None) -> Tensor:
+    """left [m, k] times right [k, n], accumulated and returned in float32 where the inputs are of a half type.
+
+    Args:
+        widened_from: the type of both before one of them went through `wide`.
+    """
+    bfloat16 = (widened_from or left.dtype) == torch.bfloat16 and (widened_from or right.dtype) == torch.bfloat16
+    left, right = wide(left), wide(right)
+    if left.dtype in HALF_TYPES:
         return torch.mm(left, right, out_dtype=torch.float32)
-    if left.dtype == torch.float16:
-        return left.float() @ right.float()
-    with _bfloat16_inside():
-        return left.float() @ right.float()
+    if bfloat16 and not left.is_cuda:
+        with _bfloat16_inside():
+            return left @ right
+    return left @ right
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -42,7 +42,7 @@ class Unwrapped:
         return ()
 
     def holds(self, parameter: Tensor) -> bool:
-        """Whether the gradient of a parameter is synchronised with the last chunk, or by nobody."""
+        """Whether the gradient of a parameter rides along with the last chunk, where the wrapper may synchronise it."""
         return True
 
     def averaged(self, parameters: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Tensor]:
@@ -70,6 +70,10 @@ class _DDP(Unwrapped):
         self.groups = [module.process_group]
         ignored = module.parameters_to_ignore
         self.held = [p for name, p in module.module.named_parameters() if name not in ignored and p.requires_grad]
+        if module.find_unused_parameters:
+            # What the last chunk's forward pass does not reach is ready before backward begins, so nothing may ride
+            # along with it; what chunks before it reached is synchronised all the same.
+            self.held = []
         self.ids = {id(parameter) for parameter in self.held}
 
     @contextlib.contextmanager

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import torch
@@ -96,14 +96,25 @@ class Checkpoint:
             self.read(name)
 
 
+class SavedModel(NamedTuple):
+    """A model to keep: its towers, without the wrapper of several workers, what they are built from, whole tensors."""
+
+    model: EncoderModel
+    config: ModelConfig
+    tensors: Mapping[str, torch.Tensor]
+
+    def write(self, folder: Path, write_config: bool = True) -> None:
+        """Into a local folder, as `cl.encoders.load_checkpoint_model` reads it."""
+        save_model(self.model, self.config, folder, write_config, self.tensors)
+
+
 def save_checkpoint(
     root: str,
     step: int,
-    model: EncoderModel,
-    model_config: ModelConfig,
+    model: SavedModel,
     trainer: dict[str, Any],
     config_yaml: str,
-    teachers: Mapping[str, tuple[EncoderModel, ModelConfig]] = MappingProxyType({}),
+    teachers: Mapping[str, SavedModel] = MappingProxyType({}),
     tables: Sequence[str] = (),
 ) -> str:
     """Write a checkpoint and return its URL; one that is there for the same step is replaced.
@@ -111,11 +122,10 @@ def save_checkpoint(
     Args:
         root: folder of the run's checkpoints.
         step: optimizer steps done.
-        model: the towers, without the wrapper of several workers.
-        model_config: what they are built from.
+        model: the towers.
         trainer: what `Checkpoint.trainer_state` gives back.
         config_yaml: the run's config.
-        teachers: further models and what they are built from, by name.
+        teachers: further models by name.
         tables: files that the workers have written below `tables_folder(root, step)`; they are moved.
 
     Raises:
@@ -123,9 +133,9 @@ def save_checkpoint(
     """
     url = storage.join(root, f"{_PREFIX}{step:08d}")
     with _staging(root) as folder:
-        save_model(model, model_config, folder, write_config=False)
-        for name, (teacher, teacher_config) in teachers.items():
-            save_model(teacher, teacher_config, folder / TEACHERS / name)
+        model.write(folder, write_config=False)
+        for name, teacher in teachers.items():
+            teacher.write(folder / TEACHERS / name)
         try:
             _fetch_tables(tables_folder(root, step), tables, folder / TABLES)
             (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")

@@ -12,6 +12,7 @@ from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
 from cl.encoders.teacher import TeacherConfig, teacher_view
 from cl.objectives import ObjectiveConfig
+from cl.training.optimizer import OptimizerConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp64"]
 
@@ -22,27 +23,28 @@ class CorpusConfig(Config):
     path: str = Field(description="folder or fsspec URL of a corpus")
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization")."""
-
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="decay of the running mean and square of gradients")
-    eps: float = Field(1e-6, gt=0, description="added to the root of the running square")
-    weight_decay: float = Field(0.2, ge=0, description="of matrices; norms, biases and temperature have none")
-
-    @model_validator(mode="after")
-    def _betas_below_one(self) -> OptimizerConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
-        return self
-
-
 class ScheduleConfig(Config):
     """Linear warm-up, then the rest of the run."""
 
     kind: Literal["cosine", "constant"] = Field("cosine", description="what follows the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 to the peak")
     final_fraction: float = Field(0.0, ge=0, le=1, description="learning rate that the cosine ends at / peak")
+
+
+class ParallelConfig(Config):
+    """Where weights lie, what is computed twice to save memory, what is compiled."""
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = Field("ddp", description="replicated, sharded, or replicas of shards")
+    shard_size: int | None = Field(None, ge=2, description="hsdp: workers that hold one copy of the weights")
+    reshard: bool = Field(True, description="fsdp, hsdp: free a block's weights between forward and backward")
+    activation_checkpointing: bool = Field(False, description="compute the blocks of the towers again in backward")
+    compile: bool = Field(False, description="compile the blocks of the towers with torch.compile")
+
+    @model_validator(mode="after")
+    def _shard_size_fits(self) -> ParallelConfig:
+        if (self.strategy == "hsdp") != (self.shard_size is not None):
+            raise ValueError("shard_size is needed by strategy hsdp, and by it alone")
+        return self
 
 
 class WorkersConfig(Config):
@@ -67,6 +69,15 @@ class LoaderConfig(Config):
 
     threads: int = Field(2, ge=1, description="decoding threads a worker")
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")
+
+
+class NotFiniteConfig(Config):
+    """What happens when the loss or the gradient is no number."""
+
+    action: Literal["stop", "skip"] = Field("stop", description="end the run, or leave the step out and go on")
+    limit: int = Field(3, ge=1, description="skip: this many steps in a row are left out, then the run ends")
+    backoff: float = Field(0.5, gt=0, le=1, description="skip: the learning rate after it, times the schedule's")
+    backoff_steps: int = Field(100, ge=0, description="skip: steps in which it rises to the schedule's again")
 
 
 class CallbackConfig(Config, extra="allow"):
@@ -110,6 +121,8 @@ class TrainConfig(Config):
         description="bf16 (autocast, fp32 weights), fp32, fp64 (exact); auto: bf16 where it is native, else fp32",
     )
     clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the averaged gradient; null: no clipping")
+    not_finite: NotFiniteConfig = NotFiniteConfig()
+    parallel: ParallelConfig = ParallelConfig()
     workers: WorkersConfig = WorkersConfig()
     checkpoint: CheckpointsConfig = CheckpointsConfig()
     loader: LoaderConfig = LoaderConfig()

@@ -1,6 +1,6 @@
 """The training loop: the same function under Ray Train, under torchrun and in a process alone.
 
-    read batch -> towers, teachers -> objective -> backward (gradients averaged) -> clip -> AdamW
+    read batch -> towers, teachers -> objective -> backward (gradients averaged) -> clip -> optimizer
                -> clamp temperature -> teachers follow
 
 What the loop needs to go on is in the checkpoint: weights, teachers, optimizer, objective, step and data position.
@@ -32,17 +32,18 @@ from cl.objectives import build_objective
 from cl.training.agreement import agree_on_checkpoint, agree_on_precision
 from cl.training.callbacks import Progress, build_callbacks
 from cl.training.config import TrainConfig
-from cl.training.finite import check_finite, gradient_norm
+from cl.training.finite import Guard, gradient_norm
 from cl.training.length import RunLength
 from cl.training.metrics import MetricsWriter, read_metrics
-from cl.training.optimizer import build_optimizer
+from cl.training.optimizer import build_optimizer, set_learning_rate
 from cl.training.outcome import TrainResult
+from cl.training.parallel import average_unsharded, prepare, wrap
 from cl.training.place import own_device, torchrun_group
 from cl.training.precision import cast
 from cl.training.randomness import seed_everything
-from cl.training.schedule import learning_rate, set_learning_rate
+from cl.training.schedule import learning_rate
 from cl.training.state import RunState
-from cl.training.step import TrainStep, forward_backward, wrap
+from cl.training.step import TrainStep, forward_backward
 from cl.training.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,9 @@ class _Run:
         teachers = build_teachers(cfg.teachers, cfg.model, self.model)
         module = TrainStep(self.model, self.objective, workers, self.precision, teachers, self.length)
         cast(module, self.precision).to(device)
-        self.state = RunState(module, build_optimizer(cfg.optimizer, module), plan.digest)
+        prepare(module, cfg.parallel, device)
+        guard = Guard(cfg.not_finite, cfg.out, workers)
+        self.state = RunState(module, build_optimizer(cfg.optimizer, module), guard, plan.digest)
         self.resumed_from: int | None = None
 
     @property
@@ -116,6 +119,7 @@ class _Run:
         cfg, state = self.cfg, self.state
         module = wrap(state.module, self.device, cached=cfg.micro_batch is not None).train()
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        cached = [] if cfg.micro_batch is None else [*self.objective.parameters()]  # which the cache has averaged
         progress = self._progress()
         for callback in self.callbacks:
             callback.on_start(progress)
@@ -126,18 +130,19 @@ class _Run:
                 step = state.step + 1
                 with watch.waiting():
                     batch = next(batches).to(self.device)
-                rate = learning_rate(cfg.schedule, cfg.optimizer.lr, step, self.length.steps)
+                rate = learning_rate(cfg.schedule, cfg.optimizer.lr, step, self.length.steps) * state.guard.rate(step)
                 set_learning_rate(state.optimizer, rate)
                 seed_everything(cfg.seed, "step", step, self.workers.rank)
                 output = forward_backward(module, state.module, batch, cfg.micro_batch)
+                average_unsharded(state.module, cached)
                 norm = gradient_norm(parameters, cfg.clip_norm)
                 loss, norm_value = torch.stack([output.loss.double(), norm.double()]).tolist()
-                check_finite(loss, norm_value, step, output.finite, batch.ids, self.workers)
-                state.optimizer.step()
+                if state.guard.accept(loss, norm_value, step, output.finite, batch.ids):
+                    state.optimizer.step()
+                    self.objective.clamp_()
+                    for teacher in state.module.teachers.values():
+                        teacher.follow_(self.model, step - 1, self.length.steps)
                 state.optimizer.zero_grad(set_to_none=True)
-                self.objective.clamp_()
-                for teacher in state.module.teachers.values():
-                    teacher.follow_(self.model, step - 1, self.length.steps)
                 state.step = progress.step = step
                 progress.epoch, progress.samples = self.length.done(step)
                 last = step == self.length.steps
@@ -150,6 +155,7 @@ class _Run:
                         **{name: value.detach().item() for name, value in output.metrics.items()},
                         "lr": rate,
                         "grad_norm": norm_value,
+                        **({"skipped": state.guard.skipped} if state.guard.skipped else {}),
                         **watch.lap(progress.samples),
                     }
                     for callback in self.callbacks:
@@ -201,8 +207,9 @@ class _Run:
     def _checkpoint(self) -> str:
         """Commit a checkpoint (all workers their tables, the first the rest) and return its URL."""
         tables = self.state.save_tables(self.cfg)
+        whole = self.state.whole(keep=self.leads)
         if self.leads:
-            self.state.save(self.cfg, self.length.steps, self.plan.at(self.state.step), tables)
+            self.state.save(self.cfg, whole, self.length.steps, self.plan.at(self.state.step), tables)
         return storage.join(self.cfg.checkpoint_url, f"step-{self.state.step:08d}")
 
     def _result(self, checkpoint: str) -> TrainResult:

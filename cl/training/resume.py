@@ -21,6 +21,8 @@ FREE = {
     "samples",
     "epochs",
     "workers",
+    "parallel",
+    "not_finite",
     "checkpoint",
     "loader",
     "micro_batch",

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 
-from torch.optim import Optimizer
-
 from cl.training.config import ScheduleConfig
 
 
@@ -24,9 +22,3 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: i
     done = (step - 1 - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return peak * (config.final_fraction + (1 - config.final_fraction) * cosine)
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every parameter group the rate of this step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cl.batches.batch import Batch
 from cl.encoders import EncoderModel
@@ -20,7 +19,6 @@ from cl.encoders.teacher import Teacher
 from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
-from cl.errors import ConfigError
 from cl.objectives import Objective
 from cl.pairs import Clock, Pairs
 from cl.training.config import Precision
@@ -149,29 +147,3 @@ def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_bat
     outcome = cached.evaluate(objective, list(step.objective.parameters()))
     cached.backward()
     return judged[0]._replace(loss=outcome.loss)
-
-
-def wrap(step: TrainStep, device: torch.device, cached: bool = False) -> nn.Module:
-    """Average gradients over the workers with DDP; a process alone needs no wrapper.
-
-    The graph is the same at every step, which also lets DDP pass over parameters that a tower has but does not use.
-    Gradient caching (`cached`) accumulates over several graphs and sees to such parameters itself.
-
-    Raises:
-        ConfigError: batch norms whose statistics the workers cannot share.
-    """
-    if step.workers.size == 1:
-        return step
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in step.modules()):
-        if device.type != "cuda":
-            raise ConfigError(
-                "The model has batch norms, whose statistics only workers on GPUs can share: train it with one worker."
-            )
-        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
-    return DistributedDataParallel(
-        step,
-        process_group=step.workers.group,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=not cached,
-    )

@@ -35,7 +35,7 @@ from cl.encoders import build_model
 from cl.engine.collectives import Workers
 from cl.objectives import build_objective
 from cl.training.config import Precision, TrainConfig
-from cl.training.finite import check_finite, gradient_norm
+from cl.training.finite import Guard, gradient_norm
 from cl.training.optimizer import build_optimizer
 from cl.training.precision import resolve
 from cl.training.run import train
@@ -149,6 +149,7 @@ def clew_step(
     step = TrainStep(build_model(cfg.model), build_objective(cfg.objective), Workers(), precision).train()
     optimizer = build_optimizer(cfg.optimizer, step)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    guard = Guard(cfg.not_finite, cfg.out, Workers())
     made = []
     for number, (images, texts) in enumerate(data):
         rows = torch.arange(len(texts))
@@ -160,7 +161,7 @@ def clew_step(
             output = step(batch)
             output.loss.backward()
             norm = gradient_norm(parameters, cfg.clip_norm)
-            check_finite(output.loss.item(), norm.item(), number, output.finite, batch.ids, Workers())
+            assert guard.accept(output.loss.item(), norm.item(), number, output.finite, batch.ids)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step.objective.clamp_()

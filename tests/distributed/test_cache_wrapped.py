@@ -70,17 +70,22 @@ def train(call: nn.Module, model: Model, workers: Workers, rows: tuple[int, ...]
     return errors
 
 
-def _ddp(workers: Workers, rows: tuple[int, ...], rate: float, checkpointed: bool, singly: bool) -> list[float]:
+def _ddp(
+    workers: Workers, rows: tuple[int, ...], rate: float, checkpointed: bool, singly: bool, settings: dict[str, bool]
+) -> list[float]:
     model = Model(rate, checkpointed)
-    return train(ddp(model, workers), model, workers, rows, singly=singly)
+    return train(ddp(model, workers, **settings), model, workers, rows, singly=singly)
 
 
 @pytest.mark.parametrize(
     ("rate", "checkpointed", "singly"), [(0.0, False, False), (0.3, True, False), (0.3, False, True)]
 )
 @pytest.mark.parametrize("rows", [(4, 4), (5, 0, 3)], ids=str)
-def test_ddp(pool: Pool, rows: tuple[int, ...], rate: float, checkpointed: bool, singly: bool) -> None:
-    for errors in pool.run(_ddp, len(rows), rows, rate, checkpointed, singly):
+@pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)
+def test_ddp(
+    pool: Pool, rows: tuple[int, ...], rate: float, checkpointed: bool, singly: bool, settings: dict[str, bool]
+) -> None:
+    for errors in pool.run(_ddp, len(rows), rows, rate, checkpointed, singly, settings):
         assert max(errors) < EXACT
 
 

@@ -17,30 +17,16 @@ from safetensors.torch import load_file
 from cl.config import parse_config
 from cl.engine.collectives import Workers
 from cl.training.config import TrainConfig
-from cl.training.loop import train_worker
 from cl.training.metrics import read_metrics
 from tests.distributed.pool import Pool
-from tests.training_corpus import TINY_MODEL, tiny_run, write_corpus
+from tests.distributed.runs import all_figures, losses, run_worker, self_distilled
+from tests.training_corpus import tiny_run, write_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     # 82 samples in steps of 16: the last step of an epoch has 2, which leave the last of two workers empty.
     return write_corpus(tmp_path_factory.mktemp("corpus") / "squares", samples=82)
-
-
-def run_worker(workers: Workers, fields: dict[str, Any]) -> int:
-    """One worker of a run; returns its number of steps."""
-    Path(fields["out"]).mkdir(parents=True, exist_ok=True)
-    return train_worker(parse_config(TrainConfig, fields, "test"), workers=workers).steps
-
-
-def losses(pool: Pool, size: int, fields: dict[str, Any]) -> list[tuple[float, float, float]]:
-    """(loss, gradient norm, logit scale) of each step."""
-    assert pool.run(run_worker, size, fields) == [fields["steps"]] * size
-    records = read_metrics(Path(fields["out"]) / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(1, fields["steps"] + 1))
-    return [(record["loss"], record["grad_norm"], record["logit_scale"]) for record in records]
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp64", 1e-9), ("fp32", 1e-3)])
@@ -63,27 +49,6 @@ def test_micro_batches_do_not_change_the_loss(pool: Pool, corpus: str, tmp_path:
     cached = losses(pool, size, tiny_run(corpus, tmp_path / "cached", micro_batch=3))
     for whole, parts in zip(one, cached, strict=True):
         assert parts == pytest.approx(whole, rel=1e-9, abs=1e-9)
-
-
-def self_distilled() -> dict[str, Any]:
-    """Pictures against captions, and a strongly augmented view against an average's view of the weak one."""
-    views = {**TINY_MODEL["views"], "strong": {"tower": "image", "of": "image", "augment": "simclr"}}
-    terms = {
-        "clip": {"objective": {"name": "infonce", "views": ["image", "text"]}},
-        "self": {"objective": {"name": "infonce", "views": ["strong", "image_ema"]}},
-    }
-    return {
-        "model": TINY_MODEL | {"views": views},
-        "objective": {"name": "sum", "terms": terms},
-        "teachers": {"ema": {"kind": "ema", "views": ["image"], "momentum": 0.8}},
-    }
-
-
-def all_figures(pool: Pool, size: int, fields: dict[str, Any]) -> list[list[float]]:
-    """Loss, gradient norm and the loss of each term, of each step."""
-    assert pool.run(run_worker, size, fields) == [fields["steps"]] * size
-    names = ["loss", "grad_norm", "clip/loss", "self/loss"]
-    return [[record[name] for name in names] for record in read_metrics(Path(fields["out"]) / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize(("size", "micro_batch"), [(2, None), (3, None), (2, 3)])
@@ -161,7 +126,8 @@ def _unused_tower_parameter(workers: Workers, fields: dict[str, Any]) -> float:
 
     from cl.encoders import build_model
     from cl.objectives import build_objective
-    from cl.training.step import TrainStep, wrap
+    from cl.training.parallel import wrap
+    from cl.training.step import TrainStep
 
     cfg = parse_config(TrainConfig, fields, "test")
     model = build_model(cfg.model).double()

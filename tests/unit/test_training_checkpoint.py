@@ -16,7 +16,14 @@ from cl.config import dump_config, parse_config
 from cl.encoders import EncoderModel, ModelConfig, build_model, load_checkpoint_model
 from cl.errors import DataError
 from cl.training import checkpoint as module
-from cl.training.checkpoint import list_steps, newest_checkpoint, open_checkpoint, prune_checkpoints, save_checkpoint
+from cl.training.checkpoint import (
+    SavedModel,
+    list_steps,
+    newest_checkpoint,
+    open_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from tests.training_corpus import TINY_MODEL
 
 MODEL_CONFIG = parse_config(ModelConfig, TINY_MODEL, "test")
@@ -30,7 +37,8 @@ def model() -> EncoderModel:
 def save(root: str | Path, step: int, model: EncoderModel) -> str:
     trainer = {"step": step, "seconds": 1.5, "optimizer": {"state": {0: {"exp_avg": torch.arange(3.0)}}}}
     config = "model:\n" + "".join(f"  {line}\n" for line in dump_config(MODEL_CONFIG).splitlines())
-    return save_checkpoint(str(root), step, model, MODEL_CONFIG, trainer, config)
+    saved = SavedModel(model, MODEL_CONFIG, model.state_dict())
+    return save_checkpoint(str(root), step, saved, trainer, config)
 
 
 def test_round_trip(tmp_path: Path, model: EncoderModel) -> None:

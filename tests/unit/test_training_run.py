@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import torch
 
 from cl.batches.labels import code_of
-from cl.config import parse_config
+from cl.config import Config, parse_config
 from cl.encoders import EncoderModel, load_checkpoint_model
 from cl.errors import ClewError, ConfigError, DataError
 from cl.pairs import Clock, Pairs
@@ -222,6 +223,60 @@ def test_diverged_run_names_step_and_samples(corpus: str, tmp_path: Path) -> Non
     message = str(caught.value)
     assert "step 4" in message
     assert "worker 0: 16 of 16 samples, ids " in message
+
+
+class NanConfig(Config):
+    steps: list[int]
+
+
+@CALLBACKS.register("nan_at", "test: gradients that are no numbers at some steps")
+class NanAt(Callback):
+    """The gradient of one tower is NaN."""
+
+    Config = NanConfig
+
+    def on_start(self, progress: Progress) -> None:
+        self.step = progress.step + 1
+        assert isinstance(progress.model, EncoderModel)
+        next(progress.model.towers["image"].parameters()).register_hook(self.spoil)
+
+    def spoil(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.nan if self.step in self.config.steps else gradient
+
+    def on_record(self, progress: Progress, record: dict[str, Any]) -> None:
+        self.step = progress.step + 1
+
+
+def test_a_step_without_a_number_is_left_out(corpus: str, tmp_path: Path) -> None:
+    """Its samples are listed, no weight moves, the rate comes back slowly, also in a run that goes on from there."""
+    fields = {
+        "callbacks": [{"name": "nan_at", "steps": [4, 5]}],
+        "not_finite": {"action": "skip", "limit": 2, "backoff": 0.25, "backoff_steps": 3},
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every_steps": 1, "keep_last": 20},
+    }
+    train(config(corpus, tmp_path / "run", steps=10, **fields))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    peak = records[0]["lr"]
+    parts = [record["lr"] / peak for record in records]
+    assert parts == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.75, 1, 1, 1])
+    assert [record.get("skipped", 0) for record in records] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
+    weights = [(tmp_path / f"run/checkpoints/step-{n:08d}/model.safetensors").read_bytes() for n in (3, 4, 5, 6)]
+    assert weights[0] == weights[1] == weights[2] != weights[3]
+    listed = orjson.loads((tmp_path / "run" / "skipped" / "step-00000004.rank-0.json").read_bytes())
+    assert (len(listed["ids"]), listed["grad_norm"], listed["not_finite"]) == (16, "nan", [])
+
+    train(config(corpus, tmp_path / "resumed", steps=5, **fields))
+    train(config(corpus, tmp_path / "resumed", steps=10, **fields), resume=True)
+    again = read_metrics(tmp_path / "resumed" / "metrics.jsonl")
+    for key in ("loss", "lr"):
+        assert [r[key] for r in again[5:]] == [r[key] for r in records[5:]]
+
+
+def test_too_many_in_a_row_end_the_run(corpus: str, tmp_path: Path) -> None:
+    fields = {"callbacks": [{"name": "nan_at", "steps": [2, 3, 4]}], "not_finite": {"action": "skip", "limit": 2}}
+    with pytest.raises(DivergedError, match="at step 4"):
+        train(config(corpus, tmp_path / "run", **fields))
 
 
 @CALLBACKS.register("poison", "test: put a NaN into the weights after step 3")

@@ -66,6 +66,7 @@ class Pairs:
             classes as [B, C] of 0 and 1, numbers as float [B] or [B, K], levels of a hierarchy as int64 [B, L].
         present: view -> bool [B], which samples have that modality; a view that is not named has all.
         tokens: view -> bool [B, T], which tokens of a token-wise view are real.
+        token_ids: view -> int64 [B, T], the words of a token-wise view of texts, by their numbers.
         extra: name -> further embeddings with their owners.
         targets: name -> [B, N], a value for each local sample and each sample of the global batch, in order of rank.
         clock: where in the run this step is.
@@ -78,6 +79,7 @@ class Pairs:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     present: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    token_ids: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Extra] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     clock: Clock = Clock()
@@ -119,6 +121,7 @@ class Pairs:
         ]
         found += [(f"labels.{name}", value, (1, 2)) for name, value in self.labels.items()]
         found += [(f"present.{name}", value, (1,)) for name, value in self.present.items()]
+        found += [(f"token_ids.{name}", value, (2,)) for name, value in self.token_ids.items()]
         found += [(f"targets.{name}", value, (2,)) for name, value in self.targets.items()]
         return found
 
@@ -153,6 +156,16 @@ class Pairs:
                 "field views."
             )
         return found[0], found[1]
+
+    def words(self, name: str) -> tuple[Tensor, Tensor]:
+        """The words of a token-wise view of texts, int64 [B, T], and which of them are real, bool [B, T]."""
+        self.view(name)
+        if name not in self.token_ids or name not in self.tokens:
+            have = ", ".join(self.token_ids) or "none"
+            raise DataError(
+                f"The objective needs the words of the view {name!r}, but those that have words are: {have}."
+            )
+        return self.token_ids[name], self.tokens[name]
 
     def label(self, name: str) -> Tensor:
         """What is known of each sample by that name, with a clear error when it is not there."""

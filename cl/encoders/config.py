@@ -16,16 +16,19 @@ field of a sample, each with an augmentation of its own:
         crop: {tower: image, of: image, augment: dino-local, size: 32, copies: 6} # crop_1 ... crop_6
         text: text
         text_again: {tower: text, of: text} # the same words; the tower's dropout makes the difference
+
+A view gives its embedding; `outputs` asks for more (`cl.encoders.outputs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from cl.config import Config
+from cl.encoders.outputs import OutputKind, output_name
 from cl.views.augmentation import AnyAugmentation
 
 
@@ -61,6 +64,11 @@ class ViewConfig(Config):
     )
     size: int | None = Field(None, gt=0, description="side of the picture in pixels; null: the tower's own")
     copies: int = Field(1, ge=1, description="views of this kind; more than one are called NAME_1, NAME_2, ...")
+    outputs: list[OutputKind] = Field(
+        ["embedding"],
+        min_length=1,
+        description="what the objective sees of it: embedding (NAME), features (NAME_features), tokens (NAME_tokens)",
+    )
 
 
 def _plain_view(value: Any) -> Any:
@@ -76,8 +84,10 @@ class ModelConfig(Config):
     views: dict[str, Annotated[ViewConfig, BeforeValidator(_plain_view)]] = Field(
         description="view name -> tower name, or a view; views may share a tower and show the same field"
     )
-    weights: str | None = Field(
-        None, description="weights to start from: a Clew checkpoint or run folder, an open_clip .safetensors file"
+    weights: str | dict[str, str] | None = Field(
+        None,
+        description="weights to start from: a Clew checkpoint or run folder, an open_clip .safetensors file; or a "
+        "mapping from some of the towers to where each comes from",
     )
 
     @model_validator(mode="after")
@@ -94,6 +104,13 @@ class ModelConfig(Config):
             raise ValueError(f"tower {min(idle)!r} is read by no view")
         if len(self.each_view) < sum(view.copies for view in self.views.values()):
             raise ValueError("two views have the same name: copies of a view are called NAME_1, NAME_2, ...")
+        names = [output for outputs in self.outputs.values() for output in outputs.values()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two views give an output of the name {twice[0]!r}")
+        for name in self.weights if isinstance(self.weights, dict) else ():
+            if name not in self.towers:
+                raise ValueError(f"weights name the tower {name!r}, but the towers are {', '.join(self.towers)}")
         return self
 
     @property
@@ -112,6 +129,14 @@ class ModelConfig(Config):
         views = {name: view.tower for name, view in self.each_view.items()}
         fields = {str(view.of): view.tower for view in reversed(self.each_view.values())}
         return {**fields, **views}
+
+    @property
+    def outputs(self) -> dict[str, dict[str, str]]:
+        """View -> kind -> name in the batch, of everything that each view gives."""
+        return {
+            name: {kind: output_name(name, kind) for kind in get_args(OutputKind) if kind in view.outputs}
+            for name, view in self.each_view.items()
+        }
 
     def of_views(self, views: Iterable[str]) -> ModelConfig:
         """The part of the model that reads these views (names as in `each_view`)."""

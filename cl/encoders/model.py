@@ -3,7 +3,8 @@
     model = build_model(cfg, seed=0)
     model({"image": uint8 [B, 3, H, W], "text": int64 [B, L]})  ->  {"image": [B, D], "text": [B, D]}
 
-The embeddings are L2-normalised in float32 (float64 stays float64) whatever the precision of the towers.
+The embeddings are L2-normalised in float32 (float64 stays float64) whatever the precision of the towers. A view whose
+config asks for more than its embedding gives that too (`cl.encoders.outputs`).
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from cl.encoders.config import ModelConfig, ViewConfig
 from cl.encoders.inputs import Inputs, ViewInput
+from cl.encoders.outputs import TowerOutputs
 from cl.encoders.registry import TOWERS
 from cl.engine.normalise import unit
 from cl.errors import ConfigError
+from cl.pairs import Clock
 
 ViewTensor = Tensor | dict[str, Tensor]
 
@@ -27,26 +31,77 @@ ViewTensor = Tensor | dict[str, Tensor]
 class EncoderModel(nn.Module):
     """Towers by name and the views they read.
 
-    Attributes:
+    Args:
+        towers: name -> tower.
         views: view or field name -> tower name.
         embed_dim: dimensions of the shared space.
+        outputs: view -> kind -> name of what the view gives (`ModelConfig.outputs`); default: its embedding.
+        token_heads: tower -> what maps its tokens to `embed_dim`, of towers whose tokens a view gives.
     """
 
-    def __init__(self, towers: Mapping[str, nn.Module], views: Mapping[str, str], embed_dim: int) -> None:
+    def __init__(
+        self,
+        towers: Mapping[str, nn.Module],
+        views: Mapping[str, str],
+        embed_dim: int,
+        outputs: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+        token_heads: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.towers = nn.ModuleDict(towers)
         self.views = dict(views)
         self.embed_dim = embed_dim
+        self.outputs = {view: dict(kinds) for view, kinds in outputs.items()}
+        self.token_heads = nn.ModuleDict(token_heads)
 
     def encode(self, view: str, inputs: ViewTensor) -> Tensor:
         """Normalised embeddings [B, embed_dim] of one view."""
-        if view not in self.views:
-            raise ConfigError(f"The model has no view {view!r}; it has {', '.join(self.views)}.")
-        return unit(self.towers[self.views[view]](inputs))
+        return unit(self.towers[self._tower(view)](inputs))
 
     def forward(self, inputs: Mapping[str, ViewTensor]) -> dict[str, Tensor]:
-        """Normalised embeddings [B, embed_dim] of each view given."""
-        return {view: self.encode(view, each) for view, each in inputs.items()}
+        """What each view given gives, by the names of its outputs."""
+        found: dict[str, Tensor] = {}
+        for view, each in inputs.items():
+            found |= self.read(view, view, each)
+        return found
+
+    def read(self, view: str, reader: str, inputs: ViewTensor) -> dict[str, Tensor]:
+        """The outputs of `view`, whose `inputs` go through the tower of the view or field `reader`."""
+        names = self.outputs.get(view, {"embedding": view})
+        if list(names) == ["embedding"]:
+            return {names["embedding"]: self.encode(reader, inputs)}
+        tower = self._tower(reader)
+        made: TowerOutputs = self.towers[tower](inputs, whole=True)
+        found = {}
+        if "embedding" in names:
+            found[names["embedding"]] = unit(made.embedding)
+        if "features" in names:
+            assert made.features is not None  # refused when the model was built
+            found[names["features"]] = made.features if made.features.dtype == torch.float64 else made.features.float()
+        if "tokens" in names:
+            found[names["tokens"]] = unit(self.token_heads[tower](made.tokens))
+        return found
+
+    def words(self, inputs: Mapping[str, ViewTensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each view that gives the tokens of a text: token ids int64 [B, T] and which are real, bool [B, T]."""
+        found = {}
+        for view, each in inputs.items():
+            name = self.outputs.get(view, {}).get("tokens")
+            tower = self.towers[self._tower(view)] if name else None
+            if name and hasattr(tower, "words"):
+                found[name] = tower.words(each)  # type: ignore[union-attr, operator]
+        return found
+
+    def follow_(self, clock: Clock) -> None:
+        """Let towers take what changes over a run, such as their share of dropped patches; before each step."""
+        for tower in self.towers.values():
+            if hasattr(tower, "follow_"):
+                tower.follow_(clock)  # type: ignore[operator]
+
+    def _tower(self, view: str) -> str:
+        if view not in self.views:
+            raise ConfigError(f"The model has no view {view!r}; it has {', '.join(self.views)}.")
+        return self.views[view]
 
 
 def build_model(cfg: ModelConfig, seed: int = 0) -> EncoderModel:
@@ -66,13 +121,22 @@ def build_model(cfg: ModelConfig, seed: int = 0) -> EncoderModel:
 
 
 def _fresh_model(cfg: ModelConfig, seed: int) -> EncoderModel:
-    towers = {}
+    towers: dict[str, nn.Module] = {}
+    token_heads: dict[str, nn.Module] = {}
     for name, tower in cfg.towers.items():
         digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest) >> 1)
             towers[name] = TOWERS[tower.family].build(tower, cfg.embed_dim)
-    return EncoderModel(towers, cfg.readers, cfg.embed_dim)
+            if any("tokens" in view.outputs for view in cfg.each_view.values() if view.tower == name):
+                width = getattr(towers[name], "token_width", None)
+                if width is None:
+                    raise ConfigError(f"The tower {name!r} gives no tokens, which a view names among its outputs.")
+                token_heads[name] = nn.Linear(width, cfg.embed_dim, bias=False)
+    for name, view in cfg.each_view.items():
+        if "features" in view.outputs and not getattr(towers[view.tower], "has_features", False):
+            raise ConfigError(f"The tower {view.tower!r} gives no features, which the view {name!r} has as an output.")
+    return EncoderModel(towers, cfg.readers, cfg.embed_dim, cfg.outputs, token_heads)
 
 
 def check_model(cfg: ModelConfig) -> None:

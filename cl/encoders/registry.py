@@ -23,7 +23,10 @@ class TowerFamily(ABC):
     def build(cfg: Any, embed_dim: int) -> nn.Module:
         """A tower with fresh (or its own pretrained) weights: input of a view -> [B, embed_dim], not normalised.
 
-        The module has `load_external(tensors, where)` if it can read weights of other projects.
+        The module has `load_external(tensors, where)` if it can read weights of other projects. One that gives more
+        than the embedding returns a `cl.encoders.outputs.TowerOutputs` when called with `whole=True`, and has
+        `has_features` (True) and `token_width` (V) if those are among it, and `words(inputs)`, token ids and mask, if
+        its tokens are words. `follow_(clock)` is called before each step of a run.
         """
 
     @staticmethod

@@ -12,7 +12,8 @@ Visual Representation Learning", eq. 2):
                                                          Latent", section 3.2), or m_0 throughout
 
 A `frozen` teacher is a model of its own: a Clew checkpoint or run with its own towers, picture size and tokenizer, or
-an open_clip .safetensors file for towers like those that are trained. Teachers run in evaluation mode: no dropout.
+an open_clip .safetensors file for towers like those that are trained. Teachers run in evaluation mode: no dropout. An
+`ema` teacher gives whatever its views give (`image_1_features_ema`), a frozen one their embeddings.
 """
 
 from __future__ import annotations
@@ -120,20 +121,26 @@ class Teacher(nn.Module):
 
     @property
     def outputs(self) -> list[str]:
-        """The names of its embeddings in the batch."""
-        return [teacher_view(view, self.name) for view in self.views]
+        """The names of what it gives in the batch."""
+        return [name for view in self.views for name in self._outputs(view)]
+
+    def _outputs(self, view: str) -> list[str]:
+        names = self.model.outputs.get(view, {"embedding": view})
+        return [teacher_view(name, self.name) for name in names.values()]
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, ViewTensor], skip: Collection[str] = ()) -> dict[str, Tensor]:
-        """Embeddings [B, D] by the names in `outputs`, those in `skip` left out.
+        """Embeddings [B, D] (or what else a view gives) by the names in `outputs`, those in `skip` left out.
 
-        An input of that very name (of another size, or other tokens) is read in place of the view's own.
+        An input called VIEW_TEACHER (of another size, or other tokens) is read in place of the view's own.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for view, own in self.views.items():
-            output = teacher_view(view, self.name)
-            if output not in skip:
-                found[output] = self.model.encode(own, inputs[output] if output in inputs else inputs[view])
+            if all(name in skip for name in self._outputs(view)):
+                continue
+            other = teacher_view(view, self.name)
+            made = self.model.read(view, own, inputs[other] if other in inputs else inputs[view])
+            found |= {teacher_view(name, self.name): value for name, value in made.items()}
         return found
 
     @torch.no_grad()
@@ -142,11 +149,12 @@ class Teacher(nn.Module):
         if not isinstance(self.config, EmaTeacherConfig):
             return
         average = get_ema_multi_avg_fn(self.config.momentum_at(step, total_steps))
-        for name, tower in self.model.towers.items():
-            followed = model.towers[name]
+        pairs = [(tower, model.towers[name]) for name, tower in self.model.towers.items()]
+        pairs += [(head, model.token_heads[name]) for name, head in self.model.token_heads.items()]
+        for slow, followed in pairs:
             # Both are sharded alike, or neither is.
-            average([_local(p) for p in tower.parameters()], [_local(p) for p in followed.parameters()], 0)
-            for own, theirs in zip(tower.buffers(), followed.buffers(), strict=True):  # statistics of batch norms
+            average([_local(p) for p in slow.parameters()], [_local(p) for p in followed.parameters()], 0)
+            for own, theirs in zip(slow.buffers(), followed.buffers(), strict=True):  # statistics of batch norms
                 own.copy_(theirs)
 
 
@@ -176,12 +184,17 @@ def _build(name: str, config: AnyTeacherConfig, cfg: ModelConfig, model: Encoder
     part = cfg.of_views(views)
     if isinstance(config, EmaTeacherConfig):
         towers = {tower: copy.deepcopy(model.towers[tower]) for tower in part.towers}
-        own = EncoderModel(towers, part.readers, part.embed_dim)
+        given = {view.tower for view in part.views.values() if "tokens" in view.outputs}
+        heads = {tower: copy.deepcopy(model.token_heads[tower]) for tower in given}
+        own = EncoderModel(towers, part.readers, part.embed_dim, part.outputs, heads)
         return Teacher(name, config, own, part, {view: view for view in views})
     if config.borrows_towers:
         part = part.model_copy(update={"weights": config.weights})
-        return Teacher(name, config, build_model(part), part, {view: view for view in views})
+        own = build_model(part)
+        own.outputs = {}
+        return Teacher(name, config, own, part, {view: view for view in views})
     own, _, part = load_checkpoint_model(config.weights)
+    own.outputs = {}  # its embeddings alone
     return Teacher(name, config, own, part, _own_names(name, config, cfg, part))
 
 

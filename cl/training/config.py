@@ -12,6 +12,7 @@ from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
 from cl.encoders.teacher import TeacherConfig, teacher_view
 from cl.objectives import ObjectiveConfig
+from cl.training.locks import LockConfig
 from cl.training.optimizer import OptimizerConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp64"]
@@ -101,6 +102,9 @@ class TrainConfig(Config):
     teachers: dict[str, TeacherConfig] = Field(
         {}, description="models without gradient: each adds the views VIEW_TEACHER to the batch that the objective sees"
     )
+    locked: dict[str, LockConfig] = Field(
+        {}, description="tower -> how much of it is trained: nothing, its top layers, or more and more of them"
+    )
     labels: dict[str, LabelConfig] = Field(
         {},
         description="label name -> column of the corpora, or {column, kind, values}: what is known of a sample",
@@ -166,23 +170,37 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _views_are_there(self) -> TrainConfig:
         """Teachers read views of the model; objectives read those and the teachers' own."""
-        views = list(self.model.each_view)
+        outputs = self.model.outputs
+        views = [output for names in outputs.values() for output in names.values()]
         for name, teacher in self.teachers.items():
             if not name.isidentifier():
                 raise ValueError(f"teachers: a name is letters, digits and underscores, not {name!r}")
             for view in teacher.views or []:
                 if view not in self.model.each_view:
                     raise ValueError(
-                        f"teachers.{name}.views names {view!r}, but the views of the model are {', '.join(views)}"
+                        f"teachers.{name}.views names {view!r}, but the views of the model are {', '.join(outputs)}"
                     )
         for name, teacher in self.teachers.items():
-            for output in (teacher_view(view, name) for view in teacher.views or self.model.each_view):
+            for output in (
+                teacher_view(given, name)
+                for view in teacher.views or self.model.each_view
+                for given in (outputs[view].values() if teacher.kind == "ema" else [view])
+            ):
                 if output in views:
                     raise ValueError(f"teachers.{name} adds the view {output!r}, which there is already")
                 views.append(output)
         for place, view in _views_named(self.objective.model_dump(), "objective"):
             if view not in views:
                 raise ValueError(f"{place} names {view!r}, but the views are {', '.join(views)}")
+        return self
+
+    @model_validator(mode="after")
+    def _locks_fit(self) -> TrainConfig:
+        for tower, lock in self.locked.items():
+            if tower not in self.model.towers:
+                raise ValueError(f"locked names the tower {tower!r}, but the towers are {', '.join(self.model.towers)}")
+            if self.parallel.strategy != "ddp" and not isinstance(lock.trained_layers, (int, float)):
+                raise ValueError(f"locked.{tower}: a lock that opens during the run needs parallel.strategy ddp")
         return self
 
     @property
@@ -205,10 +223,10 @@ class TrainConfig(Config):
 
 
 def _views_named(fields: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(field, view) for every view that an objective, or one within it, names in a field `views`."""
+    """(field, view) for every view that an objective, or one within it, names in `views` or `teacher_views`."""
     if not isinstance(fields, dict):
         return
     for name, value in fields.items():
-        if name == "views" and isinstance(value, (list, tuple)):
-            yield from ((f"{place}.views", view) for view in value if isinstance(view, str))
+        if name in ("views", "teacher_views") and isinstance(value, (list, tuple)):
+            yield from ((f"{place}.{name}", view) for view in value if isinstance(view, str))
         yield from _views_named(value, f"{place}.{name}")

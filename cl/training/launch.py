@@ -94,8 +94,10 @@ def absolute(cfg: TrainConfig) -> TrainConfig:
     data["out"], data["corpus"] = place(cfg.out), place(cfg.corpus)
     data["corpora"] = [{**corpus, "path": place(corpus["path"])} for corpus in data["corpora"]]
     data["checkpoint"]["path"] = place(cfg.checkpoint.path)
-    if cfg.model.weights is not None:
-        data["model"]["weights"] = place(cfg.model.weights)
+    weights = cfg.model.weights
+    data["model"]["weights"] = (
+        {tower: place(source) for tower, source in weights.items()} if isinstance(weights, dict) else place(weights)
+    )
     for teacher in data["teachers"].values():
         if "weights" in teacher:
             teacher["weights"] = place(teacher["weights"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cl import storage
 from cl.batches.batch import Batch
@@ -29,11 +30,13 @@ from cl.encoders import build_inputs, build_model
 from cl.encoders.teacher import build_teachers, with_teachers
 from cl.engine.collectives import Workers
 from cl.objectives import build_objective
+from cl.pairs import Clock
 from cl.training.agreement import agree_on_checkpoint, agree_on_precision
 from cl.training.callbacks import Progress, build_callbacks
 from cl.training.config import TrainConfig
 from cl.training.finite import Guard, gradient_norm
 from cl.training.length import RunLength
+from cl.training.locks import Locks
 from cl.training.metrics import MetricsWriter, read_metrics
 from cl.training.optimizer import build_optimizer, set_learning_rate
 from cl.training.outcome import TrainResult
@@ -82,6 +85,8 @@ class _Run:
         steps = cfg.total_steps(plan.steps_per_epoch)
         self.length = RunLength(steps, plan.steps_per_epoch, plan.samples, cfg.batch_size)
         self.model = build_model(cfg.model, seed=cfg.seed)
+        self.locks = Locks(cfg.locked, self.model)
+        seed_everything(cfg.seed, "objective")  # what fixes the weights of its heads, prototypes and decoders
         self.objective = build_objective(cfg.objective, cfg.model.embed_dim)
         self.precision = agree_on_precision(cfg.precision, device, workers)
         teachers = build_teachers(cfg.teachers, cfg.model, self.model)
@@ -117,7 +122,8 @@ class _Run:
 
     def _train(self, writer: MetricsWriter | None) -> str:
         cfg, state = self.cfg, self.state
-        module = wrap(state.module, self.device, cached=cfg.micro_batch is not None).train()
+        self.locks.set_(self._clock())
+        module = self._wrapped()
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         cached = [] if cfg.micro_batch is None else [*self.objective.parameters()]  # which the cache has averaged
         progress = self._progress()
@@ -128,6 +134,9 @@ class _Run:
         with contextlib.closing(typing.cast("Generator[Batch]", iter(self._loader()))) as batches:
             while state.step < self.length.steps and not progress.stop:
                 step = state.step + 1
+                if self.locks.set_(self._clock()):
+                    del module  # two wrappers would both average the gradients
+                    module = self._wrapped()
                 with watch.waiting():
                     batch = next(batches).to(self.device)
                 rate = learning_rate(cfg.schedule, cfg.optimizer.lr, step, self.length.steps) * state.guard.rate(step)
@@ -173,6 +182,16 @@ class _Run:
         for callback in self.callbacks:
             callback.on_end(progress)
         return url
+
+    def _clock(self) -> Clock:
+        """Where in the run the next step is."""
+        return self.length.clock(*self.plan.at(self.state.step))
+
+    def _wrapped(self) -> nn.Module:
+        """Towers and objective, in training mode and as the workers share their gradients."""
+        module = wrap(self.state.module, self.device, cached=self.cfg.micro_batch is not None).train()
+        self.locks.still_()
+        return module
 
     def _loader(self) -> Loader:
         """This worker's batches from the next step to the last."""

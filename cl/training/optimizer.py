@@ -86,7 +86,7 @@ def parameter_groups(config: OptimizerConfig, module: nn.Module) -> list[dict[st
         ConfigError: a pattern of `config.groups` matches no trainable parameter.
     """
     named = sorted(_trainable(module), key=lambda item: item[0])
-    depths = _depths([name for name, _ in named]) if config.layer_decay < 1 else {}
+    depths = layers_above([name for name, _ in named]) if config.layer_decay < 1 else {}
     unused = {group.parameters for group in config.groups}
     found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -116,7 +116,7 @@ def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
-def _depths(names: list[str]) -> dict[str, int]:
+def layers_above(names: list[str]) -> dict[str, int]:
     """Name -> how many layers lie above a parameter in its tower."""
     towers: dict[str, list[str]] = {}
     for name in names:

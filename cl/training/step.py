@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cl.batches.batch import Batch
 from cl.encoders import EncoderModel
-from cl.encoders.teacher import Teacher
+from cl.encoders.teacher import Teacher, teacher_view
 from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
@@ -73,34 +73,52 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, skip: Collection[str] | None = None) -> StepOutput | dict[str, Tensor]:
         """The step's outcome; or, for gradient caching, the embeddings of the views that are not in `skip` alone."""
+        clock = self._clock(batch)
+        self.model.follow_(clock)
         others = {*(skip or ()), *self._taught_views()}
+        wanted = {view for view in self._own_views(batch) if not others.issuperset(self._outputs(view))}
         with autocast(self.precision, batch.weight.device):
-            views = self.model({name: view for name, view in batch.views.items() if name not in others})
+            views = self.model({name: view for name, view in batch.views.items() if name in wanted})
             for teacher in self.teachers.values():
                 views |= teacher(batch.views, skip or ())
         return self.judge(views, batch) if skip is None else views
 
+    def _clock(self, batch: Batch) -> Clock:
+        return self.length.clock(batch.epoch, batch.step) if self.length else Clock()
+
     def _taught_views(self) -> list[str]:
-        """The names of the teachers' embeddings."""
+        """The names of what the teachers give."""
         return [view for teacher in self.teachers.values() for view in teacher.outputs]
+
+    def _own_views(self, batch: Batch) -> list[str]:
+        """The views that the towers in training read; a teacher may have an input of its own."""
+        taught = {teacher_view(view, name) for name, teacher in self.teachers.items() for view in teacher.views}
+        return [view for view in batch.views if view not in taught]
+
+    def _outputs(self, view: str) -> list[str]:
+        """The names of what a view gives."""
+        return list(self.model.outputs.get(view, {"embedding": view}).values())
 
     def view_groups(self, batch: Batch) -> list[list[str]]:
         """What gradient caching encodes together: each view alone, for the memory of the largest tower, and those of
         the teachers.
         """
         taught = self._taught_views()
-        return [*([view] for view in batch.views if view not in taught), *([taught] if taught else [])]
+        return [*(self._outputs(view) for view in self._own_views(batch)), *([taught] if taught else [])]
 
     def judge(self, views: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The objective on the embeddings of a whole local batch."""
         finite = torch.stack([view.detach().isfinite().flatten(1).all(dim=1) for view in views.values()]).all(dim=0)
+        words = self.model.words({view: batch.views[view] for view in self._own_views(batch)})
         pairs = Pairs(
             views=views,
             ids=batch.ids,
             content=batch.content,
             weight=batch.weight,
             labels=batch.labels,
-            clock=self.length.clock(batch.epoch, batch.step) if self.length else Clock(),
+            tokens={name: real for name, (_, real) in words.items()},
+            token_ids={name: ids for name, (ids, _) in words.items()},
+            clock=self._clock(batch),
         )
         outcome = self.objective(pairs, self.workers)
         return StepOutput(outcome.loss, outcome.metrics, finite | (batch.weight == 0))
@@ -109,9 +127,11 @@ class TrainStep(nn.Module):
         """Views whose tower has nothing to train, and those of teachers: gradient caching encodes them once."""
         towers = self.model.towers
         still = [
-            view
+            output
             for view, name in self.model.views.items()
             if not any(p.requires_grad for p in towers[name].parameters())
+            for output in self._outputs(view)
+            if not output.endswith("_tokens")  # their head is trained
         ]
         return still + self._taught_views()
 

@@ -136,6 +136,7 @@ def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
         tokens={name: torch.arange(TOKENS) < lengths[name][:, None] for name in lengths if name in reference.views},
         extra={name: extra[name] for name in reference.extra},
         targets={"soft": soft / soft.sum(1, keepdim=True)},
+        token_ids={"b_tokens": randint(7, count, TOKENS)} if "b_tokens" in reference.views else {},
         clock=Clock(step, STEPS, step // 2, 2),
     )
     kept = {name: features[name] for name in (*reference.views, *reference.extra)}
@@ -203,6 +204,7 @@ def on_worker(workers: Workers, name: str, settings: Mapping[str, Any], case: Ca
                 labels={n: value[mine] for n, value in batch.labels.items()},
                 present={n: value[mine] for n, value in batch.present.items()},
                 tokens={n: value[mine] for n, value in batch.tokens.items()},
+                token_ids={n: value[mine] for n, value in batch.token_ids.items()},
                 extra=extra,
                 targets={n: value[mine] for n, value in batch.targets.items()},
                 clock=batch.clock,
@@ -255,6 +257,7 @@ def by_formula(name: str, settings: Mapping[str, Any], case: Case) -> Answer:
             extra,
             batch.targets,
             batch.clock,
+            batch.token_ids,
             memory,
         )
         loss = reference.loss(whole, dict(modules["objective"].named_parameters()), settings)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cl.encoders.attention import register_with_transformers
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import TextInput, ViewInput
+from cl.encoders.outputs import TowerOutputs
 from cl.encoders.registry import TOWERS, TowerFamily
 from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
 from cl.errors import ConfigError
@@ -47,10 +48,12 @@ class HuggingFaceConfig(TowerConfig):
 class HuggingFaceTower(nn.Module):
     """{"input_ids": [B, L], "attention_mask": [B, L]} -> [B, embed_dim]."""
 
+    has_features = True
+
     def __init__(self, net: nn.Module, pooling: str, head: str, embed_dim: int) -> None:
         super().__init__()
         self.net, self.pooling = net, pooling
-        hidden = int(net.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        hidden = self.token_width = int(net.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.head: nn.Module
         if head == "linear":
             self.head = nn.Linear(hidden, embed_dim, bias=False)
@@ -62,10 +65,16 @@ class HuggingFaceTower(nn.Module):
                 raise ConfigError(f"head is none, but the tower's hidden size {hidden} is not embed_dim {embed_dim}.")
             self.head = nn.Identity()
 
-    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+    def forward(self, tokens: dict[str, Tensor], whole: bool = False) -> Tensor | TowerOutputs:
         mask = tokens["attention_mask"]
         states = self.net(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-        return self.head(pool(states, mask, self.pooling))
+        features = pool(states, mask, self.pooling)
+        embedding = self.head(features)
+        return TowerOutputs(embedding, features, states) if whole else embedding
+
+    def words(self, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The token ids [B, L] and which of them are real, bool [B, L]."""
+        return tokens["input_ids"], tokens["attention_mask"].bool()
 
     def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
         """Hugging Face weights come with `name`, not through `weights`."""

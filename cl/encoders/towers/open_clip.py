@@ -12,17 +12,19 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from cl.encoders.attention import replace_attention
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import ImageInput, TextInput, ViewInput
+from cl.encoders.outputs import TowerOutputs
 from cl.encoders.registry import TOWERS, TowerFamily
 from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
 from cl.errors import ConfigError
+from cl.objectives.schedule import Ramp, Scheduled, value_at
+from cl.pairs import Clock
 from cl.views.augmentation import named
 from cl.views.image_augmentation import ImageAugmentation
 
@@ -54,32 +56,77 @@ class OpenClipConfig(TowerConfig):
     tokenizer: str | None = Field(
         None, description="Hugging Face folder; null: CLIP's BPE cut to vocab_size (it ships with open_clip)"
     )
+    patch_dropout: Scheduled | None = Field(
+        None,
+        description="share of a training picture's patches that the tower does not read, a number or a ramp over the "
+        "run; null: `patch_dropout` in `config`",
+    )
+    projection: bool = Field(
+        True, description="map the pooled features to embed_dim; false: they are the embedding (vision transformers)"
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> OpenClipConfig:
+        share = self.patch_dropout
+        if share is not None and not 0 <= self.most_dropped() < 1:
+            raise ValueError(f"patch_dropout must lie in [0, 1), not {share}")
+        if self.part == "text" and (share is not None or not self.projection):
+            raise ValueError("patch_dropout and projection are fields of vision towers")
+        return self
+
+    def most_dropped(self) -> float:
+        """The largest share of patches that is left out in a run."""
+        share = self.patch_dropout
+        return max(share.start, share.end) if isinstance(share, Ramp) else share or 0.0
 
 
 class VisionTower(nn.Module):
-    """uint8 images [B, 3, H, W] -> [B, embed_dim]; normalises the pixels on its own device."""
+    """uint8 images [B, 3, H, W] -> [B, embed_dim]; normalises the pixels on its own device.
+
+    Vision transformers read pictures of any size with resized positions, and give features and patches too.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], patch_dropout: Scheduled | None = None
+    ) -> None:
         from open_clip.transformer import VisionTransformer
 
         super().__init__()
-        self.net = net
-        self.by_positions = isinstance(net, VisionTransformer)  # reads pictures of any size with resized positions
+        self.net, self.patch_dropout = net, patch_dropout
+        self.has_features = isinstance(net, VisionTransformer)
+        self.token_width: int | None = net.ln_post.normalized_shape[0] if isinstance(net, VisionTransformer) else None
         # In units of a byte; not in the state dict, for they are config.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, whole: bool = False) -> Tensor | TowerOutputs:
         pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        if not self.has_features:
+            return self.net(pixels)
+        made = self._transform(pixels)
+        return made if whole else made.embedding
+
+    def _transform(self, pixels: Tensor) -> TowerOutputs:
+        """A vision transformer's own steps, with positions for the size of these pictures."""
         net: Any = self.net
-        if not self.by_positions or images.shape[-2:] == net.image_size:
-            return net(pixels)
-        grid = (images.shape[-2] // net.patch_size[0], images.shape[-1] // net.patch_size[1])
-        resized = resize_positions(net.positional_embedding, net.grid_size, grid)
-        return functional_call(net, {"positional_embedding": resized}, (pixels,))
+        positions = net.positional_embedding
+        grid = (pixels.shape[-2] // net.patch_size[0], pixels.shape[-1] // net.patch_size[1])
+        if grid != net.grid_size:
+            positions = resize_positions(positions, net.grid_size, grid)
+        patches = net.conv1(pixels).flatten(2).mT
+        first = net.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        states = torch.cat([first, patches], dim=1) + positions.to(patches.dtype)
+        states = net.transformer(net.ln_pre(net.patch_dropout(states)))
+        features, tokens = net._pool(states)
+        return TowerOutputs(features if net.proj is None else features @ net.proj, features, tokens)
+
+    def follow_(self, clock: Clock) -> None:
+        """Drop the share of patches that is due at this step."""
+        if self.patch_dropout is not None:
+            self.net.patch_dropout.prob = value_at(self.patch_dropout, clock)  # type: ignore[union-attr]
 
     def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
         """Load the `visual.` part of an open_clip checkpoint; position embeddings are resized to the grid."""
@@ -87,6 +134,8 @@ class VisionTower(nn.Module):
 
         state = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
         resize_pos_embed(state, SimpleNamespace(visual=self.net))
+        if getattr(self.net, "proj", True) is None:
+            state.pop("visual.proj", None)
         _load(self.net, {name.removeprefix("visual."): tensor for name, tensor in state.items()}, where, "vision")
 
 
@@ -105,11 +154,30 @@ class TextTower(nn.Module):
     """Token ids [B, L] -> [B, embed_dim], L up to the context length."""
 
     def __init__(self, net: nn.Module) -> None:
+        from open_clip.transformer import TextTransformer
+
         super().__init__()
         self.net = net
+        self.token_width: int | None = None
+        if isinstance(net, TextTransformer):
+            self.token_width, net.output_tokens = int(net.width), False
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.net(ids)
+    def forward(self, ids: Tensor, whole: bool = False) -> Tensor | TowerOutputs:
+        if not whole:
+            return self.net(ids)
+        net: Any = self.net
+        net.output_tokens = True
+        try:
+            embedding, tokens = net(ids)
+        finally:
+            net.output_tokens = False
+        return TowerOutputs(embedding, tokens=tokens)
+
+    def words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The token ids [B, L] and which of them are before the padding, bool [B, L]."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = ((ids != self.net.pad_id) * places).amax(1, keepdim=True)
+        return ids, places <= last
 
     def load_external(self, tensors: dict[str, Tensor], where: str) -> None:
         """Load the text part of an open_clip checkpoint; position embeddings are resized to the context."""
@@ -134,7 +202,7 @@ def _load(net: nn.Module, state: dict[str, Tensor], where: str, part: str) -> No
         raise ConfigError(f"{where} does not fit the {part} tower of this model: {reason}") from error
 
 
-def _tower_cfg(cfg: OpenClipConfig) -> tuple[Any, bool]:
+def tower_cfg(cfg: OpenClipConfig) -> tuple[Any, bool]:
     """open_clip's own config object of the tower, and whether it takes the quick GELU."""
     import open_clip
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
@@ -179,21 +247,23 @@ class OpenClipFamily(TowerFamily):
         """A tower with fresh weights."""
         from open_clip import model as open_clip_model
 
-        tower, quick = _tower_cfg(cfg)
+        tower, quick = tower_cfg(cfg)
         build = open_clip_model._build_vision_tower if cfg.part == "vision" else open_clip_model._build_text_tower
         try:
             net = build(embed_dim, tower, quick)
         except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(f"open_clip cannot build the {cfg.part} tower {cfg.config}: {error}.") from error
         replace_attention(net)
-        if cfg.part == "vision":
-            return VisionTower(net, cfg.mean, cfg.std)
-        return TextTower(net)
+        if cfg.part == "text":
+            return TextTower(net)
+        if cfg.patch_dropout is not None or not cfg.projection:
+            _change_transformer(net, cfg, embed_dim)
+        return VisionTower(net, cfg.mean, cfg.std, cfg.patch_dropout)
 
     @staticmethod
     def inputs(cfg: OpenClipConfig, train: bool) -> ViewInput:
         """Images cropped to the tower's size, or token ids padded to the context or less."""
-        tower, _ = _tower_cfg(cfg)
+        tower, _ = tower_cfg(cfg)
         if cfg.part == "vision":
             size = tower.image_size
             if isinstance(size, (tuple, list)):
@@ -227,6 +297,21 @@ class OpenClipFamily(TowerFamily):
     def restored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         """The tokenizer comes from the folder."""
         return {**fields, "tokenizer": str(folder)}
+
+
+def _change_transformer(net: Any, cfg: OpenClipConfig, embed_dim: int) -> None:
+    """Give a vision transformer the patch dropout of its config, or take its projection away."""
+    from open_clip.transformer import PatchDropout, VisionTransformer
+
+    if not isinstance(net, VisionTransformer):
+        raise ConfigError("patch_dropout and projection: false are for vision transformers, which this tower is not.")
+    if cfg.patch_dropout is not None:
+        net.patch_dropout = PatchDropout(cfg.most_dropped())
+    if not cfg.projection:
+        width = net.ln_post.normalized_shape[0]
+        if width != embed_dim:
+            raise ConfigError(f"projection is false, but the tower's width {width} is not embed_dim {embed_dim}.")
+        net.proj = None
 
 
 def _custom_blocks(tower: Any) -> bool:

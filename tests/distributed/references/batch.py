@@ -37,6 +37,7 @@ class Batch:
         extra: name -> further embeddings: `negatives` and `positives`.
         targets: `soft` [N, N], rows sum to 1.
         clock: the step.
+        token_ids: view -> int64 [N, T], the words of token-wise views.
         memory: whatever the reference keeps from step to step; empty at the first.
     """
 
@@ -50,6 +51,7 @@ class Batch:
     extra: Mapping[str, More] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    token_ids: Mapping[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:

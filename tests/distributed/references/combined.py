@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.distributed.references.batch import Batch, Reference
-from tests.distributed.references.pairwise import dcl, infonce
+from tests.distributed.references.noncontrastive import alive, followed, head
+from tests.distributed.references.pairwise import dcl, infonce, ntxent
+from tests.distributed.references.state import moco_v3
 
 TERMS = {"clip": infonce, "dcl": dcl}
 WEIGHTS = {"clip": 0.7, "dcl": 1.6}
@@ -67,6 +69,28 @@ def matryoshka(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping
     return total
 
 
+def projected(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """Chen et al. 2020 (heads on both views), and 2021, algorithm 1 (a predictor; a slow projector for the keys)."""
+    kept = alive(batch)
+
+    def project(view: Tensor, of: Mapping[str, Tensor], *networks: str) -> Tensor:
+        made = view[kept]
+        for network in networks:
+            made = head(made, of, network)
+        return torch.zeros(len(batch), made.shape[1], dtype=made.dtype).index_copy(
+            0, kept.nonzero()[:, 0], normalize(made, dim=1)
+        )
+
+    trained = ("projector", "predictor") if "predictor" in settings else ("projector",)
+    views = {name: project(batch.views[name], parameters, *trained) for name in settings["views"]}
+    if "teacher_views" in settings:
+        slow = followed(batch, parameters, "projector", settings["momentum"])
+        views |= {name: project(batch.views[name], slow, "projector").detach() for name in settings["teacher_views"]}
+    inner = {"infonce": infonce, "ntxent": ntxent, "moco-v3": moco_v3}[settings["objective"]["name"]]
+    of_inner = {key.removeprefix("inner."): value for key, value in parameters.items()}
+    return inner(replace(batch, views=views), of_inner, {})
+
+
 def _terms(clip: Any = WEIGHTS["clip"]) -> dict[str, Any]:
     return {
         "clip": {"objective": {"name": "infonce"}, "weight": clip},
@@ -91,5 +115,20 @@ REFERENCES: dict[str, Reference] = {
             {"objective": {"name": "infonce"}, "sizes": [2, 4, 6]},
             {"objective": {"name": "infonce"}, "sizes": [3, 5], "weights": [0.5, 2.0]},
         ],
+    ),
+    "projected": Reference(
+        projected,
+        [
+            {"objective": {"name": "ntxent"}, "views": ["a", "b"], "projector": [5, 4]},
+            {
+                "objective": {"name": "moco-v3"},
+                "views": ["a", "b"],
+                "projector": [5, 4],
+                "predictor": [3, 4],
+                "teacher_views": ["a_teacher", "b_teacher"],
+                "momentum": 0.9,
+            },
+        ],
+        views=("a", "b", "a_teacher", "b_teacher"),
     ),
 }

@@ -228,6 +228,22 @@ _config_command(
 
 
 @cli.command(
+    short_help="Write a trained model for another project.",
+    epilog=_example(
+        "clew export runs/model --to open_clip --out runs/open-clip",
+        "clew export runs/text --to sentence-transformers --out runs/sentence-transformer",
+    ),
+)
+@click.argument("checkpoint")
+@click.option("--to", "form", required=True, help="open_clip, huggingface or sentence-transformers.")
+@click.option("--out", required=True, help="Folder that is made.")
+@_json_option
+def export(checkpoint: str, form: str, out: str, as_json: bool) -> None:
+    """Write a CHECKPOINT (or the newest of a run) in the format of open_clip, Hugging Face or sentence-transformers."""
+    _run("export", None, False, as_json, lambda: _load("cl.export.run:export")(checkpoint, form, out))
+
+
+@cli.command(
     short_help="Make an HTML page of run folders.",
     epilog=_example("clew report runs/curated runs/model runs/eval --out runs/report.html"),
 )

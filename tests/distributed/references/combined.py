@@ -119,7 +119,7 @@ REFERENCES: dict[str, Reference] = {
     "projected": Reference(
         projected,
         [
-            {"objective": {"name": "ntxent"}, "views": ["a", "b"], "projector": [5, 4]},
+            {"objective": {"name": "ntxent"}, "views": ["a", "b"], "projector": [32, 16]},
             {
                 "objective": {"name": "moco-v3"},
                 "views": ["a", "b"],

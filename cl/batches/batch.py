@@ -4,9 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Further:
+    """Further texts that belong to a batch's samples, any number each (`cl.batches.extra`).
+
+    Attributes:
+        view: the view of the model that they are read as.
+        role: what they are to their samples.
+        inputs: what the view's tower reads, [M, ...].
+        owner: int64 [M], rising, the local rows that they belong to.
+        content: int64 [M, fields], in the columns of `Batch.content`.
+    """
+
+    view: str
+    role: Literal["negative", "positive"]
+    inputs: Tensor | dict[str, Tensor]
+    owner: Tensor
+    content: Tensor
+
+    def rows(self, part: slice) -> Further:
+        """Those of the samples start..stop, whose rows count from 0 again."""
+        kept = (self.owner >= part.start) & (self.owner < part.stop)
+        made = self.each(lambda tensor: tensor[kept])
+        return replace(made, owner=made.owner - part.start)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Further:
+        """With every tensor changed."""
+        inputs = self.inputs
+        changed = {n: change(x) for n, x in inputs.items()} if isinstance(inputs, dict) else change(inputs)
+        return replace(self, inputs=changed, owner=change(self.owner), content=change(self.content))
 
 
 @dataclass(frozen=True)
@@ -21,6 +53,7 @@ class Batch:
         epoch, step: the step's place; `step` counts within the epoch.
         key: integer of 63 bits fixed by (seed, epoch, step), the same on all workers, for the step's random choices.
         labels: name -> int64 or float32 [B] or [B, K] (`cl.batches.labels`); 0 where padded.
+        extra: name -> further texts of the samples.
     """
 
     views: Mapping[str, Tensor | dict[str, Tensor]]
@@ -31,13 +64,15 @@ class Batch:
     step: int
     key: int
     labels: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Further] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.weight)
 
     def rows(self, part: slice) -> Batch:
-        """The same step's batch with some of its samples."""
-        return self._each(lambda tensor: tensor[part])
+        """The same step's batch with its samples start..stop."""
+        made = replace(self, extra={})._each(lambda tensor: tensor[part])
+        return replace(made, extra={name: further.rows(part) for name, further in self.extra.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; pinned memory is copied without waiting."""
@@ -59,4 +94,5 @@ class Batch:
             content=change(self.content),
             weight=change(self.weight),
             labels={name: change(label) for name, label in self.labels.items()},
+            extra={name: further.each(change) for name, further in self.extra.items()},
         )

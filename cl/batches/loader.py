@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cl.batches.batch import Batch
+from cl.batches.extra import ExtraTexts
 from cl.batches.hashing import mix
 from cl.batches.labels import Label
 from cl.batches.plan import BatchPlan, StepSamples
@@ -48,6 +49,7 @@ class _Pending:
     content: np.ndarray
     weight: np.ndarray
     labels: dict[str, np.ndarray]
+    extra: dict[str, list[list[str]]]
     blocks: list[Future[None]]
 
 
@@ -66,6 +68,7 @@ class Loader:
         cache_mib: memory for rows and remote images, MiB.
         pin_memory: put batches into page-locked memory (for copies to a GPU).
         labels: what else is wanted of each sample (`cl.batches.labels.open_labels`).
+        extra: further texts of each sample (`cl.batches.extra.open_extra`).
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Loader:
         cache_mib: int = 1024,
         pin_memory: bool = False,
         labels: Sequence[Label] = (),
+        extra: Sequence[ExtraTexts] = (),
     ) -> None:
         if not 0 <= rank < world or workers < 1 or prefetch < 0:
             raise ConfigError(
@@ -90,11 +94,12 @@ class Loader:
         check_views(plan, inputs)
         self.plan, self.rank, self.world, self.inputs = plan, rank, world, inputs
         self.start, self.steps, self.workers, self.prefetch = start, steps, workers, prefetch
-        self.pin_memory, self.labels = pin_memory, labels
+        self.pin_memory, self.labels, self.extra = pin_memory, labels, extra
         self._fields = inputs.distinct_fields()
         self._draws = {view: inputs.draw_key(view) for view, spec in inputs.views.items() if spec.augmentation}
         self._quarantine = Quarantine(Path(quarantine) if quarantine is not None else None)
-        self._reader = CorpusReader(plan, self._fields, cache_mib, labels)
+        lists = [each.config.column for each in extra]
+        self._reader = CorpusReader(plan, self._fields, cache_mib, labels, lists)
 
     @property
     def quarantined(self) -> int:
@@ -160,6 +165,7 @@ class Loader:
             np.zeros((rows, len(self._fields)), np.int64),
             np.zeros(rows, np.float32),
             {label.name: label.empty(rows) for label in self.labels},
+            {each.name: [[] for _ in range(rows)] for each in self.extra},
             [],
         )
         for first in range(0, len(samples), _BLOCK):
@@ -175,17 +181,20 @@ class Loader:
             made.ids[at], made.content[at], made.weight[at] = rows.ids[row], rows.content[row], 1
             for name, label in made.labels.items():
                 label[at] = rows.labels[name][row]
+            for each in self.extra:
+                texts = rows.texts(each.config.column, row)
+                made.extra[each.name][at] = each.choose(texts, self.plan.seed, samples.epoch, made.ids[at])
         draws = {
             view: mix(self.plan.seed, _AUGMENT, samples.epoch, key, made.ids[first:last, 0], made.ids[first:last, 1])
             for view, key in self._draws.items()
         }
-        texts = [
+        shows = [
             (self.inputs.field_of(view), self.inputs.text(view), draws.get(view), shown)
             for view, shown in made.texts.items()
         ]
         specs = [(self.inputs.image(view), draws.get(view)) for view in made.images]
         for at, (chunk, row), rows in zip(range(first, last), places, held, strict=True):
-            for field, text, seeds, shown in texts:
+            for field, text, seeds, shown in shows:
                 shown[at] = text.augmented(rows.text(field, row), 0 if seeds is None else int(seeds[at - first]))
             if not specs:
                 continue
@@ -224,6 +233,7 @@ class Loader:
             step,
             int(mix(self.plan.seed, _BATCH, epoch, step)) >> 1,
             {name: torch.from_numpy(label) for name, label in made.labels.items()},
+            {each.name: each.batch(made.extra[each.name], self.inputs, self._fields) for each in self.extra},
         )
         return batch.pinned() if self.pin_memory else batch
 

@@ -54,6 +54,10 @@ class ChunkRows:
         """One string."""
         return self.table.column(column)[row].as_py()
 
+    def texts(self, column: str, row: int) -> list[str] | None:
+        """One list of strings."""
+        return self.table.column(column)[row].as_py()
+
 
 def hex_words(column: pa.ChunkedArray) -> np.ndarray:
     """Hashes of 32 hex digits as int64 [n, 2], first half first."""
@@ -71,16 +75,23 @@ class CorpusReader:
         fields: the fields wanted, a subset of the corpus kind's (`cl.corpus.VIEWS`).
         cache_mib: bound on rows and remote image bytes kept in memory, MiB.
         labels: what else is wanted of each sample.
+        lists: columns of lists of texts that are wanted.
     """
 
     def __init__(
-        self, plan: BatchPlan, fields: Sequence[str], cache_mib: int = 1024, labels: Sequence[Label] = ()
+        self,
+        plan: BatchPlan,
+        fields: Sequence[str],
+        cache_mib: int = 1024,
+        labels: Sequence[Label] = (),
+        lists: Sequence[str] = (),
     ) -> None:
         self.plan, self.labels = plan, labels
         modalities = VIEWS[plan.kind]
         self._columns = ["id", "content", *(field for field in fields if modalities[field] == "text")]
         if any(modalities[field] == "image" for field in fields):
             self._columns += ["shard", "offset", "length"]
+        self._columns = list(dict.fromkeys([*self._columns, *lists]))
         self._fields = [(field, modalities[field]) for field in fields]
         self._rows: BoundedCache[ChunkRows] = BoundedCache(cache_mib * 2**20 // 2)
         self._spans: BoundedCache[dict[str, tuple[int, bytes]]] = BoundedCache(cache_mib * 2**20 // 2)

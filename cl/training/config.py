@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cl.batches.extra import ExtraConfig
 from cl.batches.labels import LabelConfig
 from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
@@ -109,6 +110,9 @@ class TrainConfig(Config):
         {},
         description="label name -> column of the corpora, or {column, kind, values}: what is known of a sample",
     )
+    extra: dict[str, ExtraConfig] = Field(
+        {}, description="name -> {column, view, role, most}: lists of further texts, such as mined negatives"
+    )
     # A factory: to make the default loads the registry, which may import the user's package that imports this module.
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learnt")
     batch_size: int = Field(256, ge=2, description="samples of the global batch, whatever the number of workers")
@@ -189,9 +193,22 @@ class TrainConfig(Config):
                 if output in views:
                     raise ValueError(f"teachers.{name} adds the view {output!r}, which there is already")
                 views.append(output)
-        for place, view in _views_named(self.objective.model_dump(), "objective"):
+        for name, further in self.extra.items():
+            if name in views:
+                raise ValueError(f"extra.{name} has the name of a view")
+            if "embedding" not in outputs.get(further.view, {}):
+                raise ValueError(
+                    f"extra.{name}.view names {further.view!r}, but the views that give embeddings are "
+                    f"{', '.join(view for view, given in outputs.items() if 'embedding' in given)}"
+                )
+        objective = self.objective.model_dump()
+        for place, view in _named(objective, "objective", ("views", "teacher_views")):
             if view not in views:
                 raise ValueError(f"{place} names {view!r}, but the views are {', '.join(views)}")
+        for place, name in _named(objective, "objective", ("extra",)):
+            if name not in self.extra:
+                have = ", ".join(self.extra) or "none"
+                raise ValueError(f"{place} names {name!r}, but the further texts under extra are: {have}")
         return self
 
     @model_validator(mode="after")
@@ -222,11 +239,11 @@ class TrainConfig(Config):
         return self.epochs * steps_per_epoch
 
 
-def _views_named(fields: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(field, view) for every view that an objective, or one within it, names in `views` or `teacher_views`."""
+def _named(fields: Any, place: str, among: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(field, name) for every name that an objective, or one within it, has in its fields of those names."""
     if not isinstance(fields, dict):
         return
     for name, value in fields.items():
-        if name in ("views", "teacher_views") and isinstance(value, (list, tuple)):
+        if name in among and isinstance(value, (list, tuple)):
             yield from ((f"{place}.{name}", view) for view in value if isinstance(view, str))
-        yield from _views_named(value, f"{place}.{name}")
+        yield from _named(value, f"{place}.{name}", among)

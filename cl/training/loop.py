@@ -22,6 +22,7 @@ from torch import nn
 
 from cl import storage
 from cl.batches.batch import Batch
+from cl.batches.extra import open_extra
 from cl.batches.labels import open_labels
 from cl.batches.loader import Loader
 from cl.batches.plan import BatchPlan
@@ -82,6 +83,8 @@ class _Run:
         self.callbacks = build_callbacks(cfg.callbacks)
         plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
         self.plan, self.labels = plan, open_labels(cfg.labels, plan.corpora)
+        self.inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
+        self.extra = open_extra(cfg.extra, plan.corpora, self.inputs)
         steps = cfg.total_steps(plan.steps_per_epoch)
         self.length = RunLength(steps, plan.steps_per_epoch, plan.samples, cfg.batch_size)
         self.model = build_model(cfg.model, seed=cfg.seed)
@@ -200,7 +203,7 @@ class _Run:
             self.plan,
             self.workers.rank,
             self.workers.size,
-            with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model),
+            self.inputs,
             start=self.plan.at(self.state.step),
             steps=self.length.steps - self.state.step,
             workers=cfg.loader.threads,
@@ -208,6 +211,7 @@ class _Run:
             quarantine=Path(cfg.out) / "quarantine" / f"rank-{self.workers.rank}.jsonl",
             pin_memory=self.device.type == "cuda",
             labels=self.labels,
+            extra=self.extra,
         )
 
     def _progress(self) -> Progress:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cl.batches.extra import open_extra
 from cl.batches.labels import open_labels
 from cl.batches.loader import check_views
 from cl.batches.plan import BatchPlan
@@ -82,13 +83,15 @@ def check_run(cfg: TrainConfig) -> BatchPlan:
     """Find what the user has to mend before any worker starts; returns the run's plan.
 
     Raises:
-        ClewError: a corpus, a model, a view, a teacher, a label or a callback that cannot be used.
+        ClewError: a corpus, a model, a view, a teacher, a label, further texts or a callback that cannot be used.
     """
     build_callbacks(cfg.callbacks)
     check_model(cfg.model)
     plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
-    check_views(plan, with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model))
+    inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
+    check_views(plan, inputs)
     open_labels(cfg.labels, plan.corpora)
+    open_extra(cfg.extra, plan.corpora, inputs)
     return plan
 
 

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cl.batches.batch import Batch
+from cl.batches.batch import Batch, Further
 from cl.encoders import EncoderModel
 from cl.encoders.teacher import Teacher, teacher_view
 from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
 from cl.engine.outcome import Outcome
 from cl.objectives import Objective
-from cl.pairs import Clock, Pairs
+from cl.pairs import Clock, Extra, Pairs
 from cl.training.config import Precision
 from cl.training.length import RunLength
 from cl.training.precision import autocast
@@ -79,6 +79,9 @@ class TrainStep(nn.Module):
         wanted = {view for view in self._own_views(batch) if not others.issuperset(self._outputs(view))}
         with autocast(self.precision, batch.weight.device):
             views = self.model({name: view for name, view in batch.views.items() if name in wanted})
+            for name, further in batch.extra.items():
+                if name not in others:
+                    views[name] = self.model.encode(further.view, further.inputs)
             for teacher in self.teachers.values():
                 views |= teacher(batch.views, skip or ())
         return self.judge(views, batch) if skip is None else views
@@ -104,10 +107,16 @@ class TrainStep(nn.Module):
         the teachers.
         """
         taught = self._taught_views()
-        return [*(self._outputs(view) for view in self._own_views(batch)), *([taught] if taught else [])]
+        own = [self._outputs(view) for view in self._own_views(batch)]
+        return [*own, *([name] for name in batch.extra), *([taught] if taught else [])]
 
     def judge(self, views: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The objective on the embeddings of a whole local batch."""
+        extra = {
+            name: Extra(views[name], further.owner, further.role, content=_content_of(further))
+            for name, further in batch.extra.items()
+        }
+        views = {name: view for name, view in views.items() if name not in extra}
         finite = torch.stack([view.detach().isfinite().flatten(1).all(dim=1) for view in views.values()]).all(dim=0)
         words = self.model.words({view: batch.views[view] for view in self._own_views(batch)})
         pairs = Pairs(
@@ -118,12 +127,15 @@ class TrainStep(nn.Module):
             labels=batch.labels,
             tokens={name: real for name, (_, real) in words.items()},
             token_ids={name: ids for name, (ids, _) in words.items()},
+            extra=extra,
             clock=self._clock(batch),
         )
+        for each in extra.values():
+            finite[each.owner[~each.embeddings.detach().isfinite().all(dim=1)]] = False
         outcome = self.objective(pairs, self.workers)
         return StepOutput(outcome.loss, outcome.metrics, finite | (batch.weight == 0))
 
-    def frozen_views(self) -> list[str]:
+    def frozen_views(self, batch: Batch) -> list[str]:
         """Views whose tower has nothing to train, and those of teachers: gradient caching encodes them once."""
         towers = self.model.towers
         still = [
@@ -133,7 +145,13 @@ class TrainStep(nn.Module):
             for output in self._outputs(view)
             if not output.endswith("_tokens")  # their head is trained
         ]
+        still += [name for name, further in batch.extra.items() if self._outputs(further.view)[0] in still]
         return still + self._taught_views()
+
+
+def _content_of(further: Further) -> Tensor | None:
+    """A further positive has the content of its owner, which the engine knows."""
+    return further.content if further.role == "negative" else None
 
 
 def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_batch: int | None) -> StepOutput:
@@ -161,7 +179,7 @@ def forward_backward(module: nn.Module, step: TrainStep, batch: Batch, micro_bat
         chunks,
         device=batch.weight.device,
         groups=step.view_groups(batch),
-        frozen=step.frozen_views(),
+        frozen=step.frozen_views(batch),
         wrapper=module,
     )
     outcome = cached.evaluate(objective, list(step.objective.parameters()))

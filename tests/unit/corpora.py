@@ -88,7 +88,13 @@ def image_corpus(
     return open_corpus(str(root))
 
 
-def text_corpus(root: Path, rows: int = 100, row_group: int = 10, pairs: list[tuple[str, str]] | None = None) -> Corpus:
+def text_corpus(
+    root: Path,
+    rows: int = 100,
+    row_group: int = 10,
+    pairs: list[tuple[str, str]] | None = None,
+    negatives: list[list[str] | None] | None = None,
+) -> Corpus:
     """A text-text corpus of numbered pairs, or of those given."""
     if pairs is None:
         pairs = [(f"question {i} about things", f"answer {i}, which is {'long ' * (i % 7)}") for i in range(rows)]
@@ -103,7 +109,7 @@ def text_corpus(root: Path, rows: int = 100, row_group: int = 10, pairs: list[tu
             "meta": [None] * rows,
             "anchor": [pair[0] for pair in pairs],
             "positive": [pair[1] for pair in pairs],
-            "negatives": [None] * rows,
+            "negatives": negatives or [None] * rows,
         },
         schema=sample_schema("text-text"),
     )

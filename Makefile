@@ -50,8 +50,8 @@ lint: $(READY) ## ruff and mypy
 unit: $(READY) ## the fast tests alone
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not chaos'
 
-chaos: $(READY) ## tests that kill processes at random
-	@$(BIN)/python -m pytest -m chaos
+chaos: $(READY) ## tests that kill processes at random, a hundred times in a curation
+	@CLEW_KILLS=100 $(BIN)/python -m pytest -m chaos
 
 bench: $(READY) ## benchmarks against what a user would pick instead
 	@for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(BIN)/python "$$file"; done

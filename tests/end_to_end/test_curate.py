@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -18,8 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
-from blake3 import blake3
 
 from cl.config import parse_config
 from cl.corpus import open_corpus
@@ -27,58 +21,12 @@ from cl.errors import ConfigError, DataError
 from pipelines.curate import CurateConfig, CurateResult, curate
 from pipelines.embed import EmbedConfig, embed
 from tests.curation_corpora import Sample, image_corpus, picture, text_corpus
-from tests.unit.test_curation_plan import checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-STAGES: list[Any] = [
-    {"caption": {"min_words": 2}},
-    {"image_size": {"min_side": 20}},
-    "exact_duplicate",
-    {"near_duplicate": {"max_distance": 6, "max_difference": 30}},
-    "text_duplicate",
-    {"embedding": {"batch_size": 8}},
-    {"image_text_score": {"top_fraction": 0.9}},
-    {"clusters": {"count": 4}},
-    {"semantic_duplicate": {"epsilon": 0.00001}},
-    {"balance": {"fraction": 0.8}},
-]
-TIMES = {"run.json", "funnel.json", "config.yaml"}  # hold times, or the paths of the run
+from tests.curation_runs import STAGES, config, launch, make_place, tree
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a corpus of 8 fragments (duplicates, look-alikes, a broken image) and a model."""
-    root = tmp_path_factory.mktemp("curate")
-    fragments = []
-    for f in range(8):
-        texts = [f"house {i} by street {f} and lane {20 * f + i}" for i in range(20)]
-        samples = [Sample(f"{f}-{i}", text, picture(f * 20 + i)) for i, text in enumerate(texts)]
-        samples[3].text = "house"
-        samples[4].image = picture(f * 20 + 5)  # equals its neighbour
-        samples[6].image = picture(f * 20 + 7, quality=60)  # looks like its neighbour
-        samples[8].image = picture(f * 20 + 8, 16, 16)
-        samples[12].text = samples[13].text.upper()
-        fragments.append(samples)
-    fragments[2][11].image = fragments[2][11].image[:900]
-    image_corpus(root / "corpus", fragments)
-    checkpoint(root / "model")
-    return root
-
-
-def config(place: Path, out: str, **fields: Any) -> CurateConfig:
-    tree = {"corpus": str(place / "corpus"), "out": str(place / out), "model": str(place / "model"), "stages": STAGES}
-    return parse_config(
-        CurateConfig, tree | {"write": {"shard_mib": 0.1, "chunk_mib": 0.01, "lanes": 4}, "partitions": 3} | fields, "x"
-    )
-
-
-def tree(root: Path, skip: tuple[str, ...] = (".nodes",)) -> dict[str, str]:
-    """Path -> hash of every file, those with times left out."""
-    return {
-        str(path.relative_to(root)): blake3(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name not in TIMES and path.relative_to(root).parts[0] not in skip
-    }
+    return make_place(tmp_path_factory.mktemp("curate"))
 
 
 @pytest.fixture(scope="module")
@@ -199,51 +147,6 @@ def test_more_actors_and_other_partitions_keep_the_same_samples(
     stages = [{"embedding": {"batch_size": 8, "workers": 2}} if "embedding" in stage else stage for stage in STAGES]
     curate(config(place, "two", stages=stages, partitions=1))
     assert tree(place / "two") == tree(out)
-
-
-def launch(place: Path, out: str, cpus: int, limit: int | None = None) -> subprocess.Popen[bytes]:
-    """`clew curate` in a process of its own."""
-    path = place / f"{out}.yaml"
-    cfg = config(place, out, cpus=cpus)
-    path.write_text(yaml.safe_dump(cfg.model_dump(mode="json")))
-    code = (
-        "import sys; from cl.config import load_config; from pipelines.curate import CurateConfig, curate;"
-        f"curate(load_config(CurateConfig, 'curate', {str(path)!r}))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CLEW_QUIET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-
-    def cap() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=cap
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.chaos
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished: tuple[Path, CurateResult], place: Path) -> None:
-    out, _ = finished
-    rng = random.Random(5)
-    kills = 0
-    for _ in range(4):
-        process = launch(place, "killed", cpus=1 + kills % 2)
-        try:
-            process.wait(timeout=rng.uniform(8, 16))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        assert process.returncode == 0, process.stderr and process.stderr.read().decode()
-        break
-    else:
-        assert launch(place, "killed", cpus=2).wait(timeout=300) == 0
-    assert kills > 0
-    assert tree(place / "killed") == tree(out)
-    assert not list((place / "killed").rglob(".tmp-*"))
 
 
 @pytest.mark.slow

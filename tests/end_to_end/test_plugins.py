@@ -114,11 +114,11 @@ diary = extra_things:Diary
 """
 
 
-def install(folder: Path, entry_points: str = ENTRY_POINTS) -> Path:
+def install(folder: Path, entry_points: str = ENTRY_POINTS, module: str = MODULE) -> Path:
     """The package as pip would lay it down."""
     info = folder / "extra_things-1.0.dist-info"
     info.mkdir(parents=True)
-    (folder / "extra_things.py").write_text(MODULE)
+    (folder / "extra_things.py").write_text(module)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra-things\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(entry_points)
     return folder

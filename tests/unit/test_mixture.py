@@ -96,9 +96,15 @@ def test_what_changes_the_order_changes_the_digest() -> None:
 def sourced(root: Path, sources: list[str], row_group: int) -> str:
     """A corpus of text pairs with a source for each row."""
     names = [field.name for field in sample_schema("text-text")]
-    rows = [
-        {name: f"{source} {name} {row}" for name in names if name not in ("meta", "negatives", "id", "content")}
-        | {"id": f"{row:032x}", "content": f"{row:032x}", "source": source, "meta": None, "negatives": None}
+    rows: list[dict[str, Any]] = [
+        {
+            **{name: f"{name} {row}" for name in names},
+            "id": f"{row:032x}",
+            "content": f"{row:032x}",
+            "source": source,
+            "meta": None,
+            "negatives": None,
+        }
         for row, source in enumerate(sources)
     ]
     storage.write_table(

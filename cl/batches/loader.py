@@ -183,9 +183,9 @@ class Loader:
                 label[at] = rows.labels[name][row]
             for each in self.extra:
                 texts = rows.texts(each.config.column, row)
-                made.extra[each.name][at] = each.choose(texts, self.plan.seed, samples.epoch, made.ids[at])
+                made.extra[each.name][at] = each.choose(texts, self.plan.seed, int(samples.turn[at]), made.ids[at])
         draws = {
-            view: mix(self.plan.seed, _AUGMENT, samples.epoch, key, made.ids[first:last, 0], made.ids[first:last, 1])
+            view: mix(self.plan.seed, _AUGMENT, samples.turn[first:last], key, *made.ids[first:last].T)
             for view, key in self._draws.items()
         }
         shows = [

@@ -44,12 +44,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The samples of one step in order: row `row[i]` of chunk `chunk[i]`, int64 [n], n at most the global batch."""
+    """The samples of one step in order: row `row[i]` of chunk `chunk[i]`, int64 [n], n at most the global batch.
+
+    `turn[i]` counts how often the run has been through all that the sample belongs to: what is drawn for it changes
+    with each.
+    """
 
     epoch: int
     step: int
     chunk: np.ndarray
     row: np.ndarray
+    turn: np.ndarray
 
     def __len__(self) -> int:
         return len(self.chunk)
@@ -72,10 +77,17 @@ class BatchPlan:
         global_batch: samples a step over all workers.
         window: chunks of a lane that are shuffled together.
         shuffle: False keeps the order on disk, for evaluation and embedding.
+        within: numbers of the chunks that the plan goes through; None: all.
     """
 
     def __init__(
-        self, corpora: Sequence[Corpus], seed: int, global_batch: int, window: int = 4, shuffle: bool = True
+        self,
+        corpora: Sequence[Corpus],
+        seed: int,
+        global_batch: int,
+        window: int = 4,
+        shuffle: bool = True,
+        within: np.ndarray | None = None,
     ) -> None:
         if global_batch < 1 or window < 1:
             raise ConfigError(f"A batch and a window need at least 1, not {global_batch} and {window}.")
@@ -86,11 +98,12 @@ class BatchPlan:
         self.kind = corpora[0].kind
         self.seed, self.global_batch, self.window, self.shuffle = seed, global_batch, window, shuffle
         self._corpus, self._fragment, self._row_group, self._rows, lanes = _chunk_arrays(self.corpora, shuffle)
-        self.samples = int(self._rows.sum())
+        chosen = np.arange(len(lanes)) if within is None else within
+        self.samples = int(self._rows[chosen].sum())
         if self.samples == 0:
             raise DataError(f"Corpus {corpora[0].root} has no samples.")
         self.steps_per_epoch = -(-self.samples // global_batch)
-        order = np.argsort(lanes, kind="stable")
+        order = chosen[np.argsort(lanes[chosen], kind="stable")]
         _, firsts = np.unique(lanes[order], return_index=True)
         self._lanes = np.split(order, firsts[1:])  # chunk numbers of each lane, in the order on disk
         self._sizes = np.array([int(self._rows[chunks].sum()) for chunks in self._lanes], dtype=np.int64)
@@ -133,14 +146,17 @@ class BatchPlan:
         """The samples of one step over all workers."""
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"there is no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
-        start = self._cut(step * self.global_batch)
-        stop = self._cut(min((step + 1) * self.global_batch, self.samples))
+        first = step * self.global_batch
+        chunk, row = self.stretch(epoch, first, min(first + self.global_batch, self.samples))
+        return StepSamples(epoch, step, chunk, row, np.full(len(chunk), epoch))
+
+    def stretch(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks and rows of the samples at positions first..last of an epoch, 0 <= first < last <= samples."""
+        start, stop = self._cut(first), self._cut(last)
         parts = [
             self._samples(epoch, int(lane), int(start[lane]), int(stop[lane])) for lane in np.flatnonzero(stop > start)
         ]
-        chunk = np.concatenate([part[0] for part in parts])
-        row = np.concatenate([part[1] for part in parts])
-        return StepSamples(epoch, step, chunk, row)
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def part(self, samples: StepSamples, rank: int, world: int) -> StepSamples:
         """One worker's part of a step: positions [rank * G / world, (rank + 1) * G / world) of the global batch G.
@@ -148,7 +164,8 @@ class BatchPlan:
         The last step of an epoch may be short; then the last workers get fewer samples, or none.
         """
         low, high = self.part_bounds(rank, world)
-        return StepSamples(samples.epoch, samples.step, samples.chunk[low:high], samples.row[low:high])
+        mine = (each[low:high] for each in (samples.chunk, samples.row, samples.turn))
+        return StepSamples(samples.epoch, samples.step, *mine)
 
     def part_bounds(self, rank: int, world: int) -> tuple[int, int]:
         """The positions of the global batch that a worker holds."""

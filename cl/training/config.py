@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cl.batches.extra import ExtraConfig
 from cl.batches.labels import LabelConfig
+from cl.batches.mixture import MixtureConfig
 from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
 from cl.encoders.teacher import TeacherConfig, teacher_view
@@ -99,6 +100,9 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="fixes initial weights, order of samples, augmentation, dropout")
     corpus: str | None = Field(None, description="the corpus to train on, if it is a single one")
     corpora: list[CorpusConfig] = Field([], description="the corpora to train on")
+    mixture: MixtureConfig | None = Field(
+        None, description="composition of the global batches from parts; null: every sample once an epoch"
+    )
     model: ModelConfig = Field(description="towers and their views")
     teachers: dict[str, TeacherConfig] = Field(
         {}, description="models without gradient: each adds the views VIEW_TEACHER to the batch that the objective sees"

@@ -93,6 +93,8 @@ def absolute(cfg: TrainConfig) -> TrainConfig:
     data = cfg.model_dump(mode="json")
     data["out"], data["corpus"] = place(cfg.out), place(cfg.corpus)
     data["corpora"] = [{**corpus, "path": place(corpus["path"])} for corpus in data["corpora"]]
+    if cfg.mixture is not None and cfg.mixture.by == "corpus":
+        data["mixture"]["weights"] = {place(path): weight for path, weight in cfg.mixture.weights.items()}
     data["checkpoint"]["path"] = place(cfg.checkpoint.path)
     weights = cfg.model.weights
     data["model"]["weights"] = (

@@ -25,7 +25,7 @@ from cl.batches.batch import Batch
 from cl.batches.extra import open_extra
 from cl.batches.labels import open_labels
 from cl.batches.loader import Loader
-from cl.batches.plan import BatchPlan
+from cl.batches.mixture import make_plan
 from cl.corpus import open_corpus
 from cl.encoders import build_inputs, build_model
 from cl.encoders.teacher import build_teachers, with_teachers
@@ -81,7 +81,7 @@ class _Run:
     def __init__(self, cfg: TrainConfig, workers: Workers, device: torch.device, report: Report | None) -> None:
         self.cfg, self.workers, self.device, self.report = cfg, workers, device, report
         self.callbacks = build_callbacks(cfg.callbacks)
-        plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
+        plan = make_plan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture)
         self.plan, self.labels = plan, open_labels(cfg.labels, plan.corpora)
         self.inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
         self.extra = open_extra(cfg.extra, plan.corpora, self.inputs)

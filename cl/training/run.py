@@ -10,6 +10,7 @@ from typing import Any
 from cl.batches.extra import open_extra
 from cl.batches.labels import open_labels
 from cl.batches.loader import check_views
+from cl.batches.mixture import make_plan
 from cl.batches.plan import BatchPlan
 from cl.corpus import open_corpus
 from cl.encoders import build_inputs
@@ -87,7 +88,7 @@ def check_run(cfg: TrainConfig) -> BatchPlan:
     """
     build_callbacks(cfg.callbacks)
     check_model(cfg.model)
-    plan = BatchPlan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size)
+    plan = make_plan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture)
     inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
     check_views(plan, inputs)
     open_labels(cfg.labels, plan.corpora)

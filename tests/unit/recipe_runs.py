@@ -48,7 +48,7 @@ class Seen:
         cfg: the run.
         model: the towers, trained.
         pairs: of the last step, with embeddings as they were.
-        state: the objective's tensors before the last step.
+        start, state: the objective's tensors before the first step and before the last.
         outcome: the last step's.
         weights: the towers' tensors at the start, and after each step.
         records: of metrics, one a step.
@@ -57,6 +57,7 @@ class Seen:
     cfg: TrainConfig
     model: Any = None
     pairs: Any = None
+    start: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     outcome: Any = None
     weights: list[dict[str, Tensor]] = field(default_factory=list)
@@ -71,6 +72,12 @@ class Seen:
     def of(self, prefix: str) -> dict[str, Tensor]:
         """The objective's tensors below a name."""
         return {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
+
+    def followed(self, prefix: str) -> bool:
+        """Whether all matrices of the objective below a name have moved since the first step."""
+        names = [name for name in self.state if name.startswith(prefix) and self.state[name].dim() > 1]
+        assert names, prefix
+        return not any(torch.equal(self.start[name], self.state[name]) for name in names)
 
     def losses(self, name: str = "loss") -> tuple[float, float]:
         """The mean of a metric over the first five steps, and over the last."""
@@ -91,6 +98,7 @@ class Witness(Callback):
 
         def before(module: Objective, inputs: tuple[Any, ...]) -> None:
             seen.pairs, seen.state = inputs[0], _copy(module.state_dict())
+            seen.start = seen.start or seen.state
 
         def after(module: Objective, inputs: tuple[Any, ...], outcome: Outcome) -> None:
             seen.outcome = outcome

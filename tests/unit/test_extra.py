@@ -33,12 +33,12 @@ ROWS = 48
 
 
 def negatives_of(row: int) -> list[str] | None:
-    """None, one blank and two others, or up to five; of sample 5 one is the positive of sample 6."""
+    """None; a blank, the positive of the next sample and another; or up to five others."""
     if row % 4 == 0:
         return None
-    if row == 5:
-        return ["answer 6, which is " + "long " * 6, "another"]
-    return [" ", f"not {row}", f"nor {row}"] if row % 4 == 1 else [f"no {row} {n}" for n in range(row % 4 + 2)]
+    if row % 4 == 1:
+        return [" ", f"answer {row + 1}, which is {'long ' * ((row + 1) % 7)}", f"nor {row}"]
+    return [f"no {row} {n}" for n in range(row % 4 + 2)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def config(corpus: Corpus, out: Path, **fields: Any) -> TrainConfig:
 
 def test_the_objective_learns_from_them(corpus: Corpus, tmp_path: Path) -> None:
     """Against the formula on the whole batch; at once and by gradient caching."""
-    curves = []
+    curves, met = [], 0
     scale = torch.tensor(10.0).log().double().exp()  # kept as a logarithm in float32
     for run, micro_batch in (("whole", None), ("cached", 5)):
         train(config(corpus, tmp_path / run, micro_batch=micro_batch, callbacks=[{"name": "see_negatives"}]))
@@ -121,7 +121,8 @@ def test_the_objective_learns_from_them(corpus: Corpus, tmp_path: Path) -> None:
             same = pairs.content[:, 1:] == further.content[:, 1]
             losses = torch.cat([others, mined.masked_fill(same, -torch.inf)], 1).logsumexp(1) - own.diagonal()
             assert records[step]["loss"] == pytest.approx(losses[alive].mean().item(), rel=1e-9)
-    assert any((pairs.content[:, 1:] == pairs.extra["negatives"].content[:, 1]).any() for pairs in SEEN)  # type: ignore[index]
+            met += int(same[alive].sum())
+    assert met  # a negative that is another sample's positive
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)
     assert curves[0][-1] < curves[0][0]
 
@@ -134,7 +135,7 @@ def test_the_objective_learns_from_them(corpus: Corpus, tmp_path: Path) -> None:
             {"extra": {"negatives": {"column": "negatives", "view": "answer"}}},
             "the views that give embeddings are anchor",
         ),
-        ({"extra": {"negatives": {"column": "hard", "view": "positive"}}}, "has no column 'hard'"),
+        ({"extra": {"negatives": {"column": "hard", "view": "positive"}}}, "names the column 'hard'"),
         ({"extra": {"negatives": {"column": "anchor", "view": "positive"}}}, "expected lists of texts"),
     ],
 )

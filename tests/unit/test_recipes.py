@@ -221,6 +221,7 @@ def test_silc_matches_local_crops_with_a_moving_average(corpus: str, tmp_path: P
     )
     expected, own = averaged(seen, 0.966, "ema")
     assert all(torch.allclose(own[name], value, atol=1e-5) for name, value in expected.items())
+    assert seen.followed("terms.distillation.slow.module.")
     state, slow = seen.of("terms.distillation."), seen.of("terms.distillation.slow.module.")
     now = {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
     slow = {key: value + (1 - 0.966) * (now[key] - value) for key, value in slow.items()}
@@ -256,6 +257,7 @@ def test_moco_v3_predicts_what_a_moving_average_sees(corpus: str, tmp_path: Path
         unit_rows(head(head(views[f"image_{n}_features"], state, "projector"), state, "predictor")) for n in (1, 2)
     ]
     clock = seen.pairs.clock
+    assert seen.followed("slow.module.")
     momentum = 1 - 0.01 * (1 + torch.cos(torch.tensor(torch.pi * clock.progress)).item()) / 2
     slow, now = seen.of("slow.module."), seen.of("projector.")
     slow = {f"projector.{key}": momentum * value + (1 - momentum) * now[key] for key, value in slow.items()}
@@ -293,6 +295,7 @@ def test_dino_matches_all_crops_with_a_centred_moving_average(corpus: str, tmp_p
     seen = run_recipe("dino", corpus, tmp_path / "run", "model.embed_dim=16", *CROPS, *sizes)
     views, state, clock = seen.pairs.views, seen.state, seen.pairs.clock
     assert state["centre"].abs().max() > 1e-3
+    assert seen.followed("slow.module.")
     momentum = 1 - 0.004 * (1 + torch.cos(torch.tensor(torch.pi * clock.progress)).item()) / 2
     slow, now = seen.of("slow.module."), seen.of("head.")
     slow = {key: momentum * value + (1 - momentum) * now[key] for key, value in slow.items()}

@@ -137,6 +137,16 @@ def test_a_teacher_goes_on_where_it_was(corpus: str, tmp_path: Path, micro_batch
     assert not any(torch.equal(value, towers[name]) for name, value in whole.items() if value.numel() > 1)
 
 
+def test_a_seed_fixes_the_weights_of_an_objective_too(corpus: str, tmp_path: Path) -> None:
+    def first_loss(run: str, seed: int) -> float:
+        torch.rand(7)  # whatever was drawn before
+        heads = {"name": "swav", "prototypes": 8, "projector": [8]}
+        train(config(corpus, tmp_path / run, seed=seed, steps=1, objective=heads))
+        return read_metrics(tmp_path / run / "metrics.jsonl")[0]["loss"]
+
+    assert first_loss("one", 0) == first_loss("two", 0) != first_loss("other", 1)
+
+
 SEEN: list[Pairs] = []
 
 

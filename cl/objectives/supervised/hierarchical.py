@@ -23,15 +23,20 @@ from cl.engine.outcome import Outcome
 from cl.engine.rule import Reductions, Samples, Term, Tile
 from cl.errors import DataError
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.supervised.labelled import ScaledLabelledConfig, ScaledLabelledObjective
+from cl.objectives.supervised.labelled import (
+    LabelledConfig,
+    LabelledObjective,
+    ScaledLabelledConfig,
+    ScaledLabelledObjective,
+)
 from cl.pairs import Pairs
 
 
-class HierarchyConfig(ScaledLabelledConfig):
+class HierarchyConfig(LabelledConfig):
     label: str = Field("levels", description="the label, int64 [B, L], coarse to fine; below 0: unknown")
 
 
-class HierarchyObjective(ScaledLabelledObjective):
+class HierarchyObjective(LabelledObjective):
     """Labels with levels, of which samples share the first few."""
 
     needs = ("labels with levels",)
@@ -60,7 +65,7 @@ class HierarchyObjective(ScaledLabelledObjective):
             yield agree | t.positive
 
 
-class HiMulConConfig(HierarchyConfig):
+class HiMulConConfig(HierarchyConfig, ScaledLabelledConfig):
     weights: list[float] | None = Field(None, description="of each level, coarse to fine; default 2^(1/(L - l + 1))")
 
 
@@ -69,7 +74,7 @@ class HiMulConConfig(HierarchyConfig):
     "SupCon on every level of a taxonomy, weighted by level",
     paper="Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework",
 )
-class HiMulCon(HierarchyObjective):
+class HiMulCon(HierarchyObjective, ScaledLabelledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = HiMulConConfig

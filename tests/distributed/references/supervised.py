@@ -287,6 +287,23 @@ def multi_similarity(batch: Batch, parameters: Parameters, settings: Settings) -
     return s.mean(batch, pull + push, (batch.weight > 0)[s.sample])
 
 
+def hiprbert(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Cai et al. 2023: multi-similarity on each level, whose base grows with the level."""
+    s = stack(batch)
+    scores = s.anchors @ s.candidates.T
+    labels = batch.labels["levels"]
+    count = labels.shape[1]
+    alpha, beta = settings.get("alpha", 2.0), settings.get("beta", 50.0)
+    losses = torch.zeros(len(scores), dtype=torch.float64)
+    for level in range(count):
+        base = settings["bases"][level] if "bases" in settings else (level + 1) / (count + 1)
+        shared = (labels[:, None, : level + 1] == labels[None, :, : level + 1]).all(2)[s.sample][:, s.of] | s.own
+        pull = (1 + total((-alpha * (scores - base)).exp(), s.counts & shared)).log() / alpha
+        push = (1 + total((beta * (scores - base)).exp(), s.counts & ~shared)).log() / beta
+        losses = losses + (pull + push) / count
+    return s.mean(batch, losses, (batch.weight > 0)[s.sample])
+
+
 def circle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Sun et al. 2020, eq. 6."""
     s = stack(batch)
@@ -413,6 +430,7 @@ REFERENCES: dict[str, Reference] = {
     "paco": Reference(paco, [{"classes": 9}, {"classes": 4, "alpha": 0.7}]),
     "kcl": Reference(kcl, [{"k": 2, "seed": 3}, {"k": 0}]),
     "multi-similarity": Reference(multi_similarity, [{}, {"epsilon": None, "beta": 10.0}]),
+    "hiprbert": Reference(hiprbert, [{}, {"bases": [-0.2, 0.6], "alpha": 5.0, "beta": 10.0}]),
     "circle": Reference(circle, [{}, {"gamma": 20.0, "margin": 0.4}]),
     "npair": Reference(npair, [{}, {"label": None, "l2": 0.1}]),
     "proxy-nca": Reference(proxy_nca, [{"classes": 9}, {"classes": 4, "per_class": 2, "denominator": "all"}]),

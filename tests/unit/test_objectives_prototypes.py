@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -81,18 +82,29 @@ def test_samples_with_clusters_of_their_own_have_no_loss() -> None:
     assert loss_of(of, Pairs({"a": rows, "b": rows.roll(1, 0)})) > 1
 
 
-def test_wasserstein_is_zero_where_scores_are_the_relevances() -> None:
+@pytest.mark.parametrize("name", ["wasserstein", "wasserstein-gaussian"])
+def test_wasserstein_is_zero_where_scores_are_the_relevances(name: str) -> None:
     a, b = unit_rows(0).requires_grad_(), unit_rows(1)
-    of = objective("wasserstein", temperature=0.5, learn_temperature=False)
+    of = objective(name, temperature=0.5, learn_temperature=False)
     loss = of(Pairs({"a": a, "b": b}, targets={"soft": 2 * a.detach() @ b.T}), Workers()).loss
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
     assert torch.autograd.grad(loss, a)[0].isfinite().all()
 
 
-def test_wasserstein_by_square_roots_of_matrices() -> None:
+def test_wasserstein_distance_of_each_list() -> None:
+    a, b, relevance = unit_rows(0), unit_rows(1), torch.randn(COUNT, COUNT, generator=torch.Generator().manual_seed(3))
+    y, p = relevance.double().numpy(), (4 * a @ b.T).softmax(1).numpy()
+    q = relevance.double().softmax(1).numpy()
+    expected = sum(scipy.stats.wasserstein_distance(y[i], y[i], p[i], q[i]) for i in range(COUNT)) / COUNT
+    of = objective("wasserstein", temperature=0.25, learn_temperature=False)
+    found = loss_of(of, Pairs({"a": a, "b": b}, targets={"soft": relevance.double()}))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_gaussian_wasserstein_by_square_roots_of_matrices() -> None:
     a, b, relevance = unit_rows(0), unit_rows(1), torch.randn(COUNT, COUNT, generator=torch.Generator().manual_seed(3))
     loss = loss_of(
-        objective("wasserstein", temperature=0.25, learn_temperature=False),
+        objective("wasserstein-gaussian", temperature=0.25, learn_temperature=False),
         Pairs({"a": a, "b": b}, targets={"soft": relevance.double()}),
     )
     p, q = (4 * a @ b.T).softmax(1), relevance.double().softmax(1)
@@ -100,6 +112,15 @@ def test_wasserstein_by_square_roots_of_matrices() -> None:
     middle = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = float((means[0] - means[1]).square().sum()) + (covariances[0] + covariances[1] - 2 * middle).trace()
     assert loss == pytest.approx(expected, abs=1e-7)
+
+
+def test_gaussian_wasserstein_does_not_say_which_list_is_whose() -> None:
+    """What its documentation warns of: anchors that exchange their lists of relevances leave it as it is."""
+    a, b, relevance = unit_rows(0), unit_rows(1), torch.randn(COUNT, COUNT, generator=torch.Generator().manual_seed(3))
+    of, by_list = objective("wasserstein-gaussian"), objective("wasserstein")
+    batches = [Pairs({"a": a, "b": b}, targets={"soft": y.double()}) for y in (relevance, relevance.roll(1, 0))]
+    assert loss_of(of, batches[0]) == pytest.approx(loss_of(of, batches[1]))
+    assert loss_of(by_list, batches[0]) != pytest.approx(loss_of(by_list, batches[1]), rel=1e-2)
 
 
 def test_wasserstein_asks_for_relevances_of_the_whole_batch() -> None:

@@ -1,15 +1,21 @@
-"""List-wise Wasserstein distance between the scores and the relevances of whole lists.
+"""List-wise Wasserstein distances between scores and relevances.
 
     P_ij = softmax_j(<a_i, c_j> / tau),   Q_ij = softmax_j(y_ij / target_temperature)
-    L    = |m_P - m_Q|^2 + tr(S_P) + tr(S_Q) - 2 tr( (S_P S_Q)^(1/2) )
 
-m and S are mean and covariance of the rows of the global batch: L is the squared 2-Wasserstein distance between the
-Gaussians that have them. Esfandiarpoor et al. 2025, "Beyond Contrastive Learning: Synthetic Data Enables List-wise
-Training with Multiple Levels of Relevance"; the last trace is the nuclear norm of X Y^T, where S_P = X^T X and
-S_Q = Y^T Y, so that only a matrix of anchors x anchors is decomposed. y [B, N] is `pairs.targets[target]`, the
-relevance of every sample of the global batch to each of this worker's (grades such as 0 to 3 in the paper); candidates
-of equal content, and those of relevance -inf, have no part in either distribution. The lists of all workers meet in one
-decomposition, which costs the cube of the global batch: meant for some thousand anchors.
+    wasserstein            loss_i = integral |F_i(y) - G_i(y)| dy       F_i and G_i the distribution functions of y_ij
+                                                                        where j has the chances P_ij and Q_ij
+    wasserstein-gaussian   L = |m_P - m_Q|^2 + tr(S_P) + tr(S_Q) - 2 tr( (S_P S_Q)^(1/2) )
+
+The first is, list by list, the least relevance that must be carried, and how far, to turn P_i into Q_i: the optimal
+transport of Yu et al. 2019, "WassRank: Listwise Document Ranking Using Optimal Transport Theory", with the difference
+of relevances for its cost. The second is the squared 2-Wasserstein distance between the Gaussians that have the mean m
+and the covariance S of the rows of the global batch: Esfandiarpoor et al. 2025, "Beyond Contrastive Learning: Synthetic
+Data Enables List-wise Training with Multiple Levels of Relevance". It is the same whichever list is whose anchor's, so
+it is for models that rank already; the last trace is the nuclear norm of X Y^T, where S_P = X^T X and S_Q = Y^T Y, so
+that only a matrix of anchors x anchors is decomposed, at the cost of the cube of the global batch.
+
+y [B, N] is `pairs.targets[target]`, the relevance of every sample of the global batch to each of this worker's (grades
+such as 0 to 3); candidates of equal content, and those of relevance -inf, have no part in either distribution.
 """
 
 from __future__ import annotations
@@ -35,17 +41,12 @@ class WassersteinConfig(TemperatureConfig):
     target_temperature: float = Field(1.0, gt=0, description="relevances are divided by it")
 
 
-@OBJECTIVES.register(
-    "wasserstein",
-    "2-Wasserstein distance between the distributions of scores and of relevances over whole lists (SyCL)",
-    paper="Beyond Contrastive Learning: Synthetic Data Enables List-wise Training with Multiple Levels of Relevance",
-)
-class Wasserstein(Objective):
-    """See the module's formula. Parameters: the log of the inverse temperature."""
+class Lists(Objective):
+    """Distributions over whole lists; a subclass says how far they are apart."""
 
     Config = WassersteinConfig
     needs = ("targets",)
-    memory = "batch^2"
+    memory = "batch^2 / workers"
 
     def __init__(self, config: WassersteinConfig) -> None:
         super().__init__()
@@ -63,8 +64,13 @@ class Wasserstein(Objective):
         scores = self.temperature() * anchors @ gather_rows(candidates, layout).T
         given = distribution(scores, counts)
         wanted = distribution(self.relevance(pairs, layout) / self.config.target_temperature, counts)
-        distance = self.distance(given, wanted, weight, layout)
+        relevance = self.relevance(pairs, layout).where(counts, 0)
+        distance = self.distance(given, wanted, relevance, weight, layout)
         return Outcome(moments.replicated(distance, workers), dict(self.measures()))
+
+    def distance(self, given: Tensor, wanted: Tensor, relevance: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+        """The loss, the same on every worker, from P, Q and y [B, N] of this worker; all 0 where nothing counts."""
+        raise TypeError(f"{type(self).__name__} must define distance(...).")
 
     def counts(self, pairs: Pairs, weight: Tensor, layout: Layout) -> Tensor:
         """[B, N] bool: the candidates of each of this worker's anchors."""
@@ -91,8 +97,39 @@ class Wasserstein(Objective):
             )
         return known.to(pairs.dtype)
 
-    def distance(self, given: Tensor, wanted: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-        """The squared distance between two sets of rows [B, N], the same on every worker."""
+    def measures(self) -> Mapping[str, Tensor]:
+        return {"logit_scale": self.temperature().detach()}
+
+    def clamp_(self) -> None:
+        self.temperature.clamp_()
+
+
+@OBJECTIVES.register(
+    "wasserstein",
+    "how much relevance must be carried, and how far, to make the scores of a list its relevances (WassRank)",
+    paper="WassRank: Listwise Document Ranking Using Optimal Transport Theory",
+)
+class Wasserstein(Lists):
+    """See the module's formula. Parameters: the log of the inverse temperature."""
+
+    def distance(self, given: Tensor, wanted: Tensor, relevance: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+        ranked, order = relevance.sort(1)
+        ahead = (given - wanted).gather(1, order).cumsum(1)[:, :-1]  # F - G between each relevance and the next
+        carried = (ahead.abs() * ranked.diff(dim=1)).sum(1)
+        return moments.mean(carried[:, None], weight, layout.workers)[0]
+
+
+@OBJECTIVES.register(
+    "wasserstein-gaussian",
+    "2-Wasserstein distance between Gaussians of the scores and of the relevances of all lists (SyCL)",
+    paper="Beyond Contrastive Learning: Synthetic Data Enables List-wise Training with Multiple Levels of Relevance",
+)
+class WassersteinGaussian(Lists):
+    """See the module's formula. Parameters: the log of the inverse temperature."""
+
+    memory = "batch^2"
+
+    def distance(self, given: Tensor, wanted: Tensor, relevance: Tensor, weight: Tensor, layout: Layout) -> Tensor:
         workers = layout.workers
         total = workers.all_reduce(weight.sum())
         centres = [moments.mean(rows, weight, workers) for rows in (given, wanted)]
@@ -102,12 +139,6 @@ class Wasserstein(Objective):
         traces = moments.total(given.square().sum() + wanted.square().sum(), workers)
         overlap = gather_rows(given, layout) @ layout.gather(wanted).T
         return (centres[0] - centres[1]).square().sum() + traces - 2 * nuclear_norm(overlap)
-
-    def measures(self) -> Mapping[str, Tensor]:
-        return {"logit_scale": self.temperature().detach()}
-
-    def clamp_(self) -> None:
-        self.temperature.clamp_()
 
 
 def distribution(logits: Tensor, counts: Tensor) -> Tensor:

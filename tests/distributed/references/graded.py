@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -131,6 +132,23 @@ def listmle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def wasserstein(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Yu et al. 2019 on a line: between two neighbouring relevances flows what one side has too much of."""
+    first, second = batch.views.values()
+    logits, losses = scale_of(parameters, settings) * first @ second.T, []
+    for i in range(len(batch)):
+        kept = ~batch.excluded[i]
+        if not kept.any():
+            losses.append(torch.zeros((), dtype=torch.float64))
+            continue
+        y = batch.targets["soft"][i, kept]
+        extra = logits[i, kept].softmax(0) - (y / settings.get("target_temperature", 1.0)).softmax(0)
+        levels = sorted(float(each) for each in y)
+        flows = [extra[y <= low].sum().abs() * (high - low) for low, high in pairwise(levels)]
+        losses.append(sum(flows, torch.zeros((), dtype=torch.float64)))
+    return batch.mean(torch.stack(losses))
+
+
+def wasserstein_gaussian(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Esfandiarpoor et al. 2025: the distance between Gaussians; tr (S T)^(1/2) is a sum of singular values."""
     first, second = batch.views.values()
     relevance = batch.targets["soft"] / settings.get("target_temperature", 1.0)
@@ -348,8 +366,9 @@ REFERENCES: dict[str, Reference] = {
         ],
         views=TEACHERS,
     ),
-    "wasserstein": Reference(
-        wasserstein, [{"temperature": 0.2}, {"temperature": 0.5, "target_temperature": 0.1}], tolerance=1e-8
+    "wasserstein": Reference(wasserstein, [{"temperature": 0.2}, {"temperature": 0.5, "target_temperature": 0.1}]),
+    "wasserstein-gaussian": Reference(
+        wasserstein_gaussian, [{"temperature": 0.2}, {"temperature": 0.5, "target_temperature": 0.1}], tolerance=1e-8
     ),
     "supremix": Reference(
         supremix,

@@ -271,7 +271,7 @@ TRAINING = {
     "local-group": Training({"queue": 1024, "memory": 1024, "layers": 1, "heads": 4, "direction": "both"}),
     "clusterns": Training({"clusters": 16, "margin_weight": 0.01}),
     "i-con-cluster": Training({"clusters": 64, "temperature": 0.1}),
-    "supremix": Training({"window": 0.2}),
+    "supremix": Training({"window": 0.5, "mixtures": 1, "temperature": 0.1, "beta": (1, 8)}),
     "concept-distillation": Training({"concepts": TAGS}, distils=True),
     # Dependence on another representation that is worth it: a frozen model's.
     "distance-correlation": Training({}, views=("a", "a_teacher"), distils=True),

@@ -5,6 +5,7 @@ That many workers compute the same is the walk's business (`tests/distributed/te
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cl.config import load_config
 from cl.engine.collectives import Workers
 from cl.errors import ConfigError, DataError
 from cl.memory.queue import Queue
 from cl.objectives import ObjectiveConfig, build_objective
 from cl.objectives.prototypes.neighbours import nearest
 from cl.pairs import Clock, Pairs
+from cl.training.config import TrainConfig
 
 COUNT, WIDTH = 8, 6
 
@@ -160,6 +163,22 @@ def test_numbers_are_one_a_sample() -> None:
     batch = Pairs({"a": unit_rows(0), "b": unit_rows(1)}, labels={"score": torch.zeros(COUNT, 2)})
     with pytest.raises(DataError, match="expected one number a sample"):
         objective("supremix")(batch, Workers())
+
+
+def test_mugs_is_the_sum_of_its_three_terms() -> None:
+    """The objective of the shipped recipe, made small, on two global crops, a local one and their teacher's."""
+    fields = load_config(TrainConfig, "train", "mugs").objective.model_dump(mode="json")
+    small = {"queue": 32, "memory": 32, "heads": 3, "hidden": 7, "prototypes": 9}
+    for term in fields["terms"].values():
+        term["objective"] |= {key: value for key, value in small.items() if key in term["objective"]}
+    whole = objective(**fields)
+    alone = {name: copy.deepcopy(term) for name, term in whole.terms.items()}
+    assert set(alone) == {"instance", "local-group", "group"}
+    for step in range(3):
+        views = {name: unit_rows(10 * step + n) for n, name in enumerate(("global_1", "global_2", "local_1"))}
+        views |= {f"global_{n}_teacher": unit_rows(10 * step + 3 + n) for n in (1, 2)}
+        batch = Pairs(views, clock=Clock(step, 10))
+        assert loss_of(whole, batch) == pytest.approx(sum(loss_of(term, batch) for term in alone.values()))
 
 
 @pytest.mark.parametrize("name", ["all4one", "local-group"])

@@ -26,7 +26,7 @@ from cl.objectives.base import OBJECTIVES
 from cl.objectives.pairwise.icon import Neighbourhood, NeighbourhoodConfig
 from cl.pairs import Pairs
 
-LEAST = 1e-30  # below it a share is nothing: where samples share no cluster, and clusters without members
+LEAST = 1e-12  # below it a share is nothing: of samples without a common cluster, of clusters without members
 
 
 class IConClusterConfig(NeighbourhoodConfig):

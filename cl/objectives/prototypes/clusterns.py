@@ -90,7 +90,8 @@ class ClusterNS(ScaledObjective):
         return replace(pairs, views=views, present=present, labels={**pairs.labels, _CLUSTER: nearest[:, 0]})
 
     def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
-        return [*super().comparisons(views), *((views[0], _HARD) for view in views if view == _HARD)]
+        hard = [_HARD] if _HARD in views else []
+        return [(views[0], name) for name in (views[1], *self.extra, *hard)]
 
     def inputs(self, s: Samples) -> Mapping[tuple[str, str], Tensor]:
         first, second = list(s.views)[:2]

@@ -6,8 +6,8 @@
 
 Zhou et al. 2022, "Mugs: A Multi-Granular Self-Supervised Learning Framework", local-group supervision: T is a small
 transformer, the memory holds the teacher's embeddings of earlier batches, the queue their groups g'. The group of one
-view is found by that of the other as in `moco`, whose fields these are. The whole of Mugs is a `sum` of three terms of
-equal weight, of an instance, its local group, and the group of a cluster:
+view is found by that of the other as in `moco`, whose fields these are. The whole of Mugs (the shipped recipe `mugs`)
+is a `sum` of three terms of equal weight, of an instance, its local group, and the group of a cluster:
 
     objective:
       name: sum

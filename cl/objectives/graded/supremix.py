@@ -26,6 +26,7 @@ from cl.engine.randomness import keys_of
 from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, column_lse, row_lse
 from cl.errors import DataError
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.supervised.labelled import ScaledLabelledConfig, ScaledLabelledObjective
 from cl.pairs import Pairs
 
@@ -35,7 +36,7 @@ _SOME = "mixed"  # label: 1 where a sample has mixtures
 
 class SupReMixConfig(ScaledLabelledConfig):
     label: str = Field("score", description="label of numbers, [B]")
-    temperature: float = Field(0.3, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.3, description="initial temperature; scores are divided by it")
     window: float = Field(1.0, gt=0, description="n, how far from its number the parts of a hard positive may lie")
     mixtures: int = Field(4, ge=0, description="M, hard positives of each sample; 0: none")
     mix_negatives: bool = Field(True, description="mixtures with the anchor are hard negatives")

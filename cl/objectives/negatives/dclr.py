@@ -25,6 +25,7 @@ from cl.engine.outcome import Outcome
 from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, row_lse
 from cl.engine.side import Side
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
@@ -32,7 +33,7 @@ _CHUNK = 1024  # anchors at a time
 
 
 class DCLRConfig(ScaledConfig):
-    temperature: float = Field(0.05, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="initial temperature; scores are divided by it")
     threshold: float = Field(0.9, description="score (cosine) of the other model from which a candidate is no negative")
     teacher: str | None = Field(
         "teacher", description="name t of the other model, whose embeddings of view x are the view x_t; null: no mask"

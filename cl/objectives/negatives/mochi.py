@@ -23,11 +23,12 @@ from cl.engine import randomness
 from cl.engine.normalise import unit
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_top
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.state.moco import MoCo, MoCoConfig
 
 
 class MoCHiConfig(MoCoConfig):
-    temperature: float = Field(0.2, gt=0, description="scores are divided by it")
+    temperature: Scheduled = Field(0.2, description="scores are divided by it")
     hardest: int = Field(1024, ge=1, description="keys of the queue that are mixed, N")
     mixed: int = Field(512, ge=0, description="mixtures of two keys a query, s")
     mixed_with_query: int = Field(256, ge=0, description="mixtures of the query and a key, s'")

@@ -31,6 +31,7 @@ from cl.engine.outcome import Outcome
 from cl.engine.randomness import keys_of
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse, row_sum
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
@@ -38,7 +39,7 @@ _HARD, _CLUSTER = "hard centre", "online cluster"
 
 
 class ClusterNSConfig(ScaledConfig):
-    temperature: float = Field(0.05, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="initial temperature; scores are divided by it")
     clusters: int = Field(128, ge=2, description="number of centres")
     momentum: float = Field(0.99, ge=0, le=1, description="m of the centres")
     start: float = Field(0.4, ge=-1, le=1, description="mean cosine of all pairs from which clusters are formed")

@@ -41,7 +41,7 @@ from cl.pairs import Pairs
 
 
 class LocalGroupConfig(MoCoConfig):
-    temperature: float = Field(0.2, gt=0, description="scores are divided by it")
+    temperature: Scheduled = Field(0.2, description="scores are divided by it")
     memory: int = Field(65536, ge=1, description="the teacher's embeddings among which neighbours are sought")
     neighbours: int = Field(8, ge=1, description="k, how many are read together with a sample")
     layers: int = Field(2, ge=1, description="of the transformer T")

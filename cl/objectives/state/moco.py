@@ -32,6 +32,7 @@ from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.engine.side import Side
 from cl.memory.queue import Queue
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.state.momentum import MomentumConfig, MomentumObjective
 from cl.pairs import Pairs
 
@@ -44,7 +45,7 @@ class MoCoConfig(MomentumConfig):
 
 
 class ContrieverConfig(MoCoConfig):
-    temperature: float = Field(0.05, gt=0, description="scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="scores are divided by it")
     queue: int = Field(131072, ge=1, description="keys that are kept, in samples")
 
 

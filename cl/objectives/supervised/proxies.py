@@ -31,6 +31,7 @@ from torch import Tensor
 from cl.engine.rule import Reductions, Samples, Term, Tile, Tiler, column_lse, row_lse, row_sum
 from cl.engine.side import Side
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.supervised.labelled import PROTOTYPES, LabelledConfig, LabelledObjective, each_anchor
 from cl.objectives.supervised.prototypes import ClassPrototypes
 from cl.objectives.temperature import TemperatureConfig
@@ -67,7 +68,7 @@ class ProxyObjective(LabelledObjective):
 
 
 class ProxyNCAConfig(ProxyConfig, TemperatureConfig):
-    temperature: float = Field(0.11, gt=0, description="initial temperature; squared distances are divided by it")
+    temperature: Scheduled = Field(0.11, description="initial temperature; squared distances are divided by it")
     denominator: Literal["others", "all"] = Field("others", description="whether own proxies are in the denominator")
 
 

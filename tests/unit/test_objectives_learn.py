@@ -101,6 +101,16 @@ def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return rolled.flatten(1)
 
 
+def quarters(pictures: Tensor) -> Tensor:
+    """[N, 4, P]: each quarter of a picture alone, as a token."""
+    half = SIDE // 2
+    patches = torch.zeros(len(pictures), 4, 3, SIDE, SIDE)
+    for i in range(4):
+        rows, columns = slice(i // 2 * half, i // 2 * half + half), slice(i % 2 * half, i % 2 * half + half)
+        patches[:, i, :, rows, columns] = pictures.view(-1, 3, SIDE, SIDE)[:, :, rows, columns]
+    return patches.flatten(2)
+
+
 def one_tower(names: Sequence[str], step: int, chosen: Tensor, towers: Towers, teacher: Towers) -> dict[str, Tensor]:
     """Views of pictures alone; a teacher sees what its view is named after."""
     generator = torch.Generator().manual_seed(10**6 + step)
@@ -125,18 +135,13 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
         given = captions.where((torch.arange(BATCH) % 2 == 0)[:, None], captions.roll(1, 0))
         score = torch.cosine_similarity(captions, given)
         captions = given
-    quarters = pictures.view(-1, 3, 2, SIDE // 2, 2, SIDE // 2)
-    patches = torch.zeros(BATCH, 4, 3, SIDE, SIDE)  # each quarter of the picture alone is a token
-    for i in range(4):
-        row, column = (i // 2) * (SIDE // 2), (i % 2) * (SIDE // 2)
-        patches[:, i, :, row : row + SIDE // 2, column : column + SIDE // 2] = quarters[:, :, i // 2, :, i % 2]
     views = {
         "a": lambda: towers.encode("picture", pictures),
         "b": lambda: towers.encode("caption", captions),
         "c": lambda: towers.encode("picture", augmented(data.pictures[chosen], generator)),
         "a_teacher": lambda: teacher.encode("picture", pictures).detach(),
         "b_teacher": lambda: teacher.encode("caption", captions).detach(),
-        "a_tokens": lambda: towers.encode("picture", patches.flatten(2)),
+        "a_tokens": lambda: towers.encode("picture", quarters(pictures)),
         "b_tokens": lambda: towers.encode("caption", data.words[chosen]),
     }
     extra = {}
@@ -151,7 +156,9 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
         )
     if "positives" in reference.extra:
         extra["positives"] = Extra(towers.encode("caption", data.keywords[chosen]), torch.arange(BATCH), "positive")
-    alike = data.captions[chosen] @ data.captions[chosen].T
+    targets = {}
+    if "targets" in OBJECTIVES[name].needs:
+        targets["soft"] = (10 * data.captions[chosen] @ data.captions[chosen].T).softmax(1)
     names = training.views or reference.views
     return Pairs(
         one_tower(names, step, chosen, towers, teacher)
@@ -172,7 +179,7 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
         present={"c": torch.rand(BATCH, generator=generator) < 0.8} if reference.missing else {},
         tokens={"b_tokens": data.word_mask[chosen]} if "b_tokens" in names else {},
         extra=extra,
-        targets={"soft": (10 * alike).softmax(1)},
+        targets=targets,
         clock=Clock(step, STEPS, step * BATCH // len(data), STEPS * BATCH // len(data) + 1),
     )
 

@@ -3,7 +3,7 @@
     p_i = softmax([t_i . c] / tau_t),  q_i = softmax([s_i . c] / tau_s)   over c in the teacher's batch and queue
     L   = mean_i - sum_c p_ic log q_ic
 
-Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation", eq. 3 to 5; for sentences it is the
+Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation"; for sentences it is the
 similarity-distribution distillation of self-supervised cross-view training (Limkonchotiwat et al. 2023). The candidates
 are the teacher's embeddings of the whole batch (the sample's own among them) and of the last `queue` samples. Needs a
 teacher view of the student's dimensions.

@@ -4,7 +4,7 @@
     loss_i          = 1/M sum_v -log( exp s_i / ( exp s_i + sum_{j != i} exp s(v_i, others of v at tuple j) ) )
 
 Saporta et al. 2024, "Contrasting with Symile: Simple Model-Agnostic Representation Learning for Unlimited
-Modalities", section 3: each modality v in turn is the anchor, s_i the score of the sample's own tuple; a negative
+Modalities": each modality v in turn is the anchor, s_i the score of the sample's own tuple; a negative
 tuple has the other modalities of different samples, shuffled anew for each anchor modality and step (the paper's O(N)
 sampling). Unlike sums of pairs it sees dependence that no pair shows; with two modalities and the tuples unshuffled
 it would be CLIP.

@@ -5,7 +5,7 @@
     g_m    = d / d z_m  mean_i logsumexp_m <a_i, u_m> / tau_u
 
 l_ij = <a_i, b_j> / tau, and q are the scores of a frozen model. Zhou et al. 2022, "Debiased Contrastive Learning of
-Unsupervised Sentence Representations", eqs. 3 to 7: g is the gradient of the non-uniformity loss, and the noise gets no
+Unsupervised Sentence Representations": g is the gradient of the non-uniformity loss, and the noise gets no
 gradient from the loss. The noise is the same on all workers; its gradient is over the anchors of all of them.
 """
 

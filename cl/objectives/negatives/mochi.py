@@ -5,7 +5,7 @@
     h'     = unit( beta q_i + (1 - beta) n ),    n from H_i, beta from U(0, 1/2)          s' of them
     loss_i = logsumexp( l_i, <q_i, k> / tau for k in the queue, all h and all h' ) - l_i,  l_i = <q_i, k_i> / tau
 
-Kalantidis et al. 2020, "Hard Negative Mixing for Contrastive Learning", section 4. Mixtures are constants: no gradient
+Kalantidis et al. 2020, "Hard Negative Mixing for Contrastive Learning". Mixtures are constants: no gradient
 reaches q through h'. Every query has its own, made from numbers that depend on the seed, the step and the sample alone.
 Needs the teacher's embeddings, as `cl.objectives.state.moco`.
 """

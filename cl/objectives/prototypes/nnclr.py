@@ -4,7 +4,7 @@
     L      = [ InfoNCE(n(a), b) + InfoNCE(n(b), a) ] / 2,  anchors n(.) against the candidates of the global batch
 
 Dwibedi et al. 2021, "With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
-Representations", eq. 2 and 3. The queue holds the first view of earlier batches; until it holds any, samples are their
+Representations". The queue holds the first view of earlier batches; until it holds any, samples are their
 own neighbours. Neighbours across clips and modalities (CrossCLR) are the same with other views; `all4one` reads several
 neighbours.
 """

@@ -5,12 +5,12 @@
 q_i is the first view by the towers in training, k_i the second view by the teacher. He et al. 2020, "Momentum Contrast
 for Unsupervised Visual Representation Learning", eq. 1 and algorithm 1; with a projection of two layers it is MoCo v2.
 `in_batch` adds the keys k_j of the present batch to the sum, and `direction: both` the same loss from the second view
-to keys of the first, with a queue of its own (Li et al. 2021, "Align before Fuse", eq. 1).
+to keys of the first, with a queue of its own (Li et al. 2021, "Align before Fuse").
 
-    contriever  Izacard et al. 2022, "Unsupervised Dense Information Retrieval with Contrastive Learning", section 3.1:
+    contriever  Izacard et al. 2022, "Unsupervised Dense Information Retrieval with Contrastive Learning":
                 two crops of a document, tau .05, a queue of 131,072
     infoxlm     Chi et al. 2021, "InfoXLM: An Information-Theoretic Framework for Cross-Lingual Language Model
-                Pre-Training", eq. 8: a sentence and its translation, both ways; tau .05, a queue of 131,072. Its mixed
+                Pre-Training": a sentence and its translation, both ways; tau .05, a queue of 131,072. Its mixed
                 pairs (two sentences in one) are made by the loader
 
 The queue is the same on all workers and for any number of them, in the checkpoint, and empty at first; what is in it

@@ -2,7 +2,7 @@
 
     loss_i = 1/L sum_{l=1..L} w_l [ logsumexp_{a in A(i)} s_ia - 1/|P_l(i)| sum_{p in P_l(i)} s_ip ]
 
-Zhang et al. 2022, "Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework", section 3.2
+Zhang et al. 2022, "Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework"
 (HiMulCon). s_ij = <z_i, z_j> / tau; labels are int64 [B, L], coarse to fine (kingdom, ..., species); P_l(i) are the
 embeddings of all views that agree with i on the levels 1 to l, the sample's own other views among them. The weights
 default to those of the authors' program, w_l = 2^(1/(L - l + 1)): the finest level weighs most. An anchor takes part

@@ -233,7 +233,7 @@ def ascl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def groco(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Shvetsova et al. 2023, section 3: an odd-even network with Cauchy comparators, sample by sample, on matrices."""
+    """Shvetsova et al. 2023: an odd-even network with Cauchy comparators, sample by sample, on matrices."""
     names, k, steep = list(batch.views), settings.get("negatives", 10), settings.get("steepness", 1.0)
     present = torch.stack([batch.present.get(n, torch.ones(len(batch), dtype=torch.bool)) for n in names]).all(0)
     total = torch.zeros((), dtype=torch.float64)
@@ -293,7 +293,7 @@ def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Reimers and Gurevych 2019, section 3; with a learnt line, Barkan et al. 2020."""
+    """Reimers and Gurevych 2019; with a learnt line, Barkan et al. 2020."""
     first, second = batch.views.values()
     score = torch.nn.functional.cosine_similarity(first, second)
     if settings.get("affine"):

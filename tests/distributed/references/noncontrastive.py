@@ -191,7 +191,7 @@ def dino(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, 
 
 
 def distance_correlation(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Szekely et al. 2007, definitions 2 to 4, with weights: double centring by plain means of a row, weighted over
+    """Szekely et al. 2007, with weights: double centring by plain means of a row, weighted over
     rows.
     """
     weight = kept_weight(batch) / kept_weight(batch).sum()

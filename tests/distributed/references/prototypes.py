@@ -41,7 +41,7 @@ def swav(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, 
 
 
 def nnclr(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Dwibedi et al. 2021, eq. 3, symmetrised, with the queue of first views."""
+    """Dwibedi et al. 2021, symmetrised, with the queue of first views."""
     known = batch.memory.get("queue", torch.zeros(0, 6, dtype=torch.float64))
     first, second = batch.views["a"], batch.views["b"]
     total = torch.zeros(len(batch), dtype=torch.float64)
@@ -54,7 +54,7 @@ def nnclr(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str,
 
 
 def prototypical(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Li et al. 2021, eq. 11; the prototypes after each step are in the state."""
+    """Li et al. 2021; the prototypes after each step are in the state."""
     known: dict[int, Tensor] = batch.memory.setdefault("prototypes", {})
     scale = parameters["temperature.log_scale"].exp()
     classes = batch.labels["class"]

@@ -109,7 +109,7 @@ def sincere(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def soft_nearest_neighbour(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Frosst et al. 2019, eq. 1."""
+    """Frosst et al. 2019."""
     s = stack(batch)
     near = (-scale(parameters) * (s.anchors[:, None] - s.candidates).square().sum(2)).exp()
     positives = s.counts & s.of_class(batch.labels["class"])
@@ -119,7 +119,7 @@ def soft_nearest_neighbour(batch: Batch, parameters: Parameters, settings: Setti
 
 
 def multi_positive(batch: Batch, parameters: Parameters, settings: Settings, label: str | None = None) -> Tensor:
-    """Nie et al. 2024, section 3; Yang et al. 2022, section 3: soft targets over all right candidates, both ways."""
+    """Nie et al. 2024; Yang et al. 2022: soft targets over all right candidates, both ways."""
     label = settings.get("label", label)
     anchors, *others = batch.views.values()
     texts, of = torch.cat(others), torch.arange(len(batch)).repeat(len(others))
@@ -344,7 +344,7 @@ def proxy_nca(batch: Batch, parameters: Parameters, settings: Settings) -> Tenso
 
 
 def proxy_anchor(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Kim et al. 2020, eq. 4."""
+    """Kim et al. 2020."""
     proxies = normalize(parameters["proxies.vectors"], dim=1)
     kind = torch.arange(len(proxies)) // settings.get("per_class", 1)
     points, label = torch.cat(list(batch.views.values())), batch.labels["class"].repeat(len(batch.views))
@@ -385,7 +385,7 @@ def arcface(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def gated_subspaces(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Wu et al. 2024, section 3: every candidate through the gate of every anchor."""
+    """Wu et al. 2024: every candidate through the gate of every anchor."""
     label = batch.labels[settings.get("label", "class")].view(len(batch), -1)
     mean = parameters["vectors.weight"][label].mean(1)
     hidden = linear(mean, parameters["gate.0.weight"], parameters["gate.0.bias"]).relu()

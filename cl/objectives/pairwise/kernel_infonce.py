@@ -22,7 +22,6 @@ from cl.config import Config
 from cl.engine.rule import Comparison, Known, Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.pairwise.distance import own_squared_distance, power, square_norms, squared_distances
-from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import TiledConfig, TiledObjective
 
 
@@ -30,7 +29,7 @@ class Kernel(Config):
     """One term of the mixture."""
 
     power: float = Field(1.0, gt=0, le=1, description="exponent of the squared distance; 1: Gaussian, 1/2: Laplacian")
-    temperature: Scheduled = Field(1.0, description="the power of the distance is divided by it")
+    temperature: float = Field(1.0, gt=0, description="the power of the distance is divided by it")
     weight: float = Field(1.0, gt=0, description="share of the mixture")
 
 

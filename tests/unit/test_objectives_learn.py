@@ -1,13 +1,21 @@
 """Registered objectives train: 200 steps on the shipped emoji, by one shared config, beat the untrained state.
 
-Beaten is retrieval of held-out drawings by their captions (recall at 10, by a factor of 3) or, for objectives that do
-not bring pictures and captions together, the classification of pictures by their nearest neighbours (error, by 8 %);
-for those that follow a teacher, agreement with its neighbours (by a factor of 2).
-An objective whose score is the product of three modalities is asked with that score.
+Beaten is one of these, on drawings that were held out:
+
+- retrieval of drawings by their captions, recall at 10 by a factor of 3;
+- where an objective does not bring pictures and captions together, classification of drawings by their nearest
+  neighbours, error by 8 %;
+- where it follows a teacher, agreement with the teacher's neighbours, by a factor of 2;
+- where its two views are of one tower, retrieval of drawings by altered copies, recall at 10 by a factor of 1.4.
+
+An objective whose score is the product of three modalities is asked with that score. `TRAINING` holds what an objective
+needs beyond the shared config, and why.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,6 +32,27 @@ from tests.emoji import SIDE, TAGS, WORDS, Emoji, read_emoji
 
 DIMENSIONS, STEPS, BATCH, RATE, MOMENTUM = 32, 200, 128, 2e-3, 0.98
 PIXELS = 3 * SIDE * SIDE
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an objective is trained, where the first settings of its reference and the shared config do not suit it.
+
+    Attributes:
+        fields: of the objective's config, in place of the reference's, which are made for batches of eight samples.
+        views: of the batch, in place of the reference's.
+        one_tower: all views are pictures, each altered anew, as methods of two views of one tower want them.
+        rate: of the optimizer.
+        momentum: of the teacher.
+        distils: the teacher is a good model instead of a moving average.
+    """
+
+    fields: Mapping[str, Any] | None = None
+    views: tuple[str, ...] | None = None
+    one_tower: bool = False
+    rate: float = RATE
+    momentum: float = MOMENTUM
+    distils: bool = False
 
 
 class Towers(nn.Module):
@@ -51,6 +80,19 @@ def held_out() -> Emoji:
     return read_emoji("heldout/unseen-drawings/emoji-twitter-00000.tar")
 
 
+def altered(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrored and shifted by up to two pixels, 16 at a time; each with colours of its own, some without any."""
+    moved = []
+    for part in pictures.view(-1, 3, SIDE, SIDE).split(16):
+        shifts = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        part = part.roll(shifts, (2, 3))
+        moved.append(part.flip(3) if torch.rand((), generator=generator) < 0.5 else part)
+    count = len(pictures)
+    gain, offset, grey = (torch.rand(count, n, 1, 1, generator=generator) for n in (3, 3, 1))
+    coloured = torch.cat(moved) * (0.6 + 0.8 * gain) + 0.4 * (offset - 0.5)
+    return coloured.where(grey >= 0.3, coloured.mean(1, keepdim=True)).flatten(1)
+
+
 def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Shifted by up to two pixels, brighter or darker."""
     rolled = pictures.view(-1, 3, SIDE, SIDE)
@@ -59,9 +101,31 @@ def augmented(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return rolled.flatten(1)
 
 
+def quarters(pictures: Tensor) -> Tensor:
+    """[N, 4, P]: each quarter of a picture alone, as a token."""
+    half = SIDE // 2
+    patches = torch.zeros(len(pictures), 4, 3, SIDE, SIDE)
+    for i in range(4):
+        rows, columns = slice(i // 2 * half, i // 2 * half + half), slice(i % 2 * half, i % 2 * half + half)
+        patches[:, i, :, rows, columns] = pictures.view(-1, 3, SIDE, SIDE)[:, :, rows, columns]
+    return patches.flatten(2)
+
+
+def one_tower(names: Sequence[str], step: int, chosen: Tensor, towers: Towers, teacher: Towers) -> dict[str, Tensor]:
+    """Views of pictures alone; a teacher sees what its view is named after."""
+    generator = torch.Generator().manual_seed(10**6 + step)
+    pictures = {letter: altered(training_set().pictures[chosen], generator) for letter in "abc"}
+    return {
+        name: teacher.encode("picture", pictures[name[0]]).detach()
+        if name.endswith("teacher")
+        else towers.encode("picture", pictures[name[0]])
+        for name in names
+    }
+
+
 def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
     """A batch with whatever the objective reads, as its reference says."""
-    data, reference = training_set(), REFERENCES[name]
+    data, reference, training = training_set(), REFERENCES[name], TRAINING.get(name, Training())
     generator = torch.Generator().manual_seed(step)
     chosen = torch.randperm(len(data), generator=generator)[:BATCH]
     group = data.group[chosen]
@@ -71,18 +135,13 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
         given = captions.where((torch.arange(BATCH) % 2 == 0)[:, None], captions.roll(1, 0))
         score = torch.cosine_similarity(captions, given)
         captions = given
-    quarters = pictures.view(-1, 3, 2, SIDE // 2, 2, SIDE // 2)
-    patches = torch.zeros(BATCH, 4, 3, SIDE, SIDE)  # each quarter of the picture alone is a token
-    for i in range(4):
-        row, column = (i // 2) * (SIDE // 2), (i % 2) * (SIDE // 2)
-        patches[:, i, :, row : row + SIDE // 2, column : column + SIDE // 2] = quarters[:, :, i // 2, :, i % 2]
     views = {
         "a": lambda: towers.encode("picture", pictures),
         "b": lambda: towers.encode("caption", captions),
         "c": lambda: towers.encode("picture", augmented(data.pictures[chosen], generator)),
         "a_teacher": lambda: teacher.encode("picture", pictures).detach(),
         "b_teacher": lambda: teacher.encode("caption", captions).detach(),
-        "a_tokens": lambda: towers.encode("picture", patches.flatten(2)),
+        "a_tokens": lambda: towers.encode("picture", quarters(pictures)),
         "b_tokens": lambda: towers.encode("caption", data.words[chosen]),
     }
     extra = {}
@@ -97,9 +156,14 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
         )
     if "positives" in reference.extra:
         extra["positives"] = Extra(towers.encode("caption", data.keywords[chosen]), torch.arange(BATCH), "positive")
-    alike = data.captions[chosen] @ data.captions[chosen].T
+    targets = {}
+    if "targets" in OBJECTIVES[name].needs:
+        targets["soft"] = (10 * data.captions[chosen] @ data.captions[chosen].T).softmax(1)
+    names = training.views or reference.views
     return Pairs(
-        {view: views[view]() for view in reference.views},
+        one_tower(names, step, chosen, towers, teacher)
+        if training.one_tower
+        else {view: views[view]() for view in names},
         ids=torch.stack([chosen, torch.zeros_like(chosen)], 1),
         content=chosen,
         labels={
@@ -113,20 +177,19 @@ def batch_of(name: str, step: int, towers: Towers, teacher: Towers) -> Pairs:
             "time": torch.tensor([1, 2]).expand(BATCH, 2),  # the second view lies between the first and the third
         },
         present={"c": torch.rand(BATCH, generator=generator) < 0.8} if reference.missing else {},
-        tokens={"b_tokens": data.word_mask[chosen]} if "b_tokens" in reference.views else {},
+        tokens={"b_tokens": data.word_mask[chosen]} if "b_tokens" in names else {},
         extra=extra,
-        targets={"soft": (10 * alike).softmax(1)},
+        targets=targets,
         clock=Clock(step, STEPS, step * BATCH // len(data), STEPS * BATCH // len(data) + 1),
     )
 
 
-def train(name: str, settings: dict[str, Any], teacher: Towers | None = None) -> Towers:
+def train(name: str, fields: Mapping[str, Any], teacher: Towers | None = None) -> Towers:
     """The shared config: AdamW at one rate; without a `teacher`, the teacher is a moving average of the towers."""
     torch.manual_seed(0)
-    towers = Towers()
-    objective = build_objective(ObjectiveConfig.model_validate({"name": name, **settings}), DIMENSIONS)
-    moving = teacher or Towers()
-    optimizer = torch.optim.AdamW([*towers.parameters(), *objective.parameters()], lr=RATE)
+    training, towers, moving = TRAINING.get(name, Training()), Towers(), teacher or Towers()
+    objective = build_objective(ObjectiveConfig.model_validate({"name": name, **fields}), DIMENSIONS)
+    optimizer = torch.optim.AdamW([*towers.parameters(), *objective.parameters()], lr=training.rate)
     for step in range(STEPS):
         loss = objective(batch_of(name, step, towers, moving), Workers()).loss
         assert loss.isfinite(), f"loss is {loss} at step {step}"
@@ -137,7 +200,7 @@ def train(name: str, settings: dict[str, Any], teacher: Towers | None = None) ->
         if teacher is None:
             with torch.no_grad():
                 for slow, fast in zip(moving.parameters(), towers.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - MOMENTUM)
+                    slow.lerp_(fast, 1 - training.momentum)
     return towers
 
 
@@ -162,6 +225,15 @@ def neighbour_error(towers: Towers) -> float:
     return float((votes != asked.group).double().mean())
 
 
+@torch.no_grad()
+def recall_of_copies(towers: Towers) -> float:
+    """Held-out drawings found by altered copies of theirs among 500."""
+    pictures = held_out().pictures
+    copies = altered(pictures, torch.Generator().manual_seed(7))
+    found = (towers.encode("picture", copies) @ towers.encode("picture", pictures).T).topk(10, 1).indices
+    return float((found == torch.arange(len(pictures))[:, None]).any(1).double().mean())
+
+
 @cache
 def untrained() -> tuple[float, float]:
     return recall_at_10(Towers()), neighbour_error(Towers())
@@ -183,26 +255,77 @@ def agreement(towers: Towers, teacher: Towers) -> float:
     return float((nearest(towers)[:, :, None] == nearest(teacher)[:, None]).any(2).double().mean())
 
 
-# Exact by their references, but settings with which they beat these bounds in 200 steps have not been found yet.
-UNPROVEN = {
-    *("w-mse", "whitened", "simsiam", "byol", "dino", "distance-correlation"),
-    *("swav", "nnclr", "prototypical"),
-    "captioning",  # predicts words, which tests/unit/test_recipes.py sees it learn
+# The shared config is for contrast of pictures with captions. What is trained otherwise:
+TRAINING = {
+    # Two views of one tower are their setting; a collapse is what they must avoid there.
+    "byol": Training({"projector": [64, 32], "predictor": [64], "momentum": 0.98}, one_tower=True),
+    "simsiam": Training({"projector": [128, 32], "predictor": [64]}, one_tower=True),
+    "swav": Training({"prototypes": 256}, one_tower=True),
+    "prototypical": Training({"classes": 9, "momentum": 0.99, "temperature": 0.1}, one_tower=True),
+    # Self-distillation is slow: a rate and a teacher as calm as the paper's, for the few steps that there are.
+    "dino": Training(
+        {"hidden": 256, "bottleneck": 32, "prototypes": 1024, "momentum": 0.99},
+        one_tower=True,
+        rate=3e-4,
+        momentum=0.99,
+    ),
+    # One map whitens both views, so that they agree in the embeddings themselves, which are asked here.
+    "w-mse": Training({"apart": False}),
+    "whitened": Training({"objective": {"name": "infonce"}, "group": 16}),
+    # Neighbours, clusters and concepts among as many samples and groups as there are.
+    "nnclr": Training({"queue": 1024, "temperature": 0.1}),
+    "all4one": Training({"queue": 1024, "predictor": [64], "layers": 1, "heads": 4}, momentum=0.9),
+    "local-group": Training({"queue": 1024, "memory": 1024, "layers": 1, "heads": 4, "direction": "both"}),
+    "clusterns": Training({"clusters": 16, "margin_weight": 0.01}),
+    "i-con-cluster": Training({"clusters": 64, "temperature": 0.1}),
+    "supremix": Training({"window": 0.5, "mixtures": 1, "temperature": 0.1, "beta": (1, 8)}),
+    "concept-distillation": Training({"concepts": TAGS}, distils=True),
+    # Dependence on another representation that is worth it: a frozen model's.
+    "distance-correlation": Training({}, views=("a", "a_teacher"), distils=True),
+    "wasserstein": Training({"target_temperature": 0.02}),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in UNPROVEN])
-def test_objective_trains(name: str) -> None:
-    distils = OBJECTIVES[name].__module__.startswith("cl.objectives.distillation")
-    settings = dict(REFERENCES[name].settings[0])
-    if "concepts" in settings:
-        settings["concepts"] = TAGS
-    towers = train(name, settings, good_teacher() if distils else None)
+def is_found(name: str, towers: Towers) -> bool:
+    """Whether the towers beat the untrained ones, by the measure that fits the objective."""
     recall, error = untrained()
+    if TRAINING.get(name, Training()).one_tower:
+        return recall_of_copies(towers) >= 1.4 * recall_of_copies(Towers())
     powers = 2 if name == "symile" else 1
-    found = recall_at_10(towers, powers) >= 3 * max(recall, 0.02) or neighbour_error(towers) <= 0.92 * error
-    assert found or (distils and agreement(towers, good_teacher()) >= 2 * agreement(Towers(), good_teacher()))
+    if recall_at_10(towers, powers) >= 3 * max(recall, 0.02) or neighbour_error(towers) <= 0.92 * error:
+        return True
+    return distils(name) and agreement(towers, good_teacher()) >= 2 * agreement(Towers(), good_teacher())
+
+
+def distils(name: str) -> bool:
+    family = OBJECTIVES[name].__module__.startswith("cl.objectives.distillation")
+    return family or TRAINING.get(name, Training()).distils
+
+
+# What is measured elsewhere: captioning predicts words (`test_recipes.py`), the other has a test of its own below.
+ELSEWHERE = {"captioning", "wasserstein-gaussian"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in ELSEWHERE])
+def test_objective_trains(name: str) -> None:
+    training = TRAINING.get(name, Training())
+    fields = REFERENCES[name].settings[0] if training.fields is None else training.fields
+    assert is_found(name, train(name, fields, good_teacher() if distils(name) else None))
+
+
+@pytest.mark.slow
+def test_lists_of_scores_become_distributed_as_the_relevances() -> None:
+    """The distance of Gaussians does not say whose list is which (`test_objectives_prototypes.py`), so that retrieval
+    is not its aim; from the untrained state it brings the distributions of a new batch together, by a factor of 2.
+    """
+    objective = build_objective(ObjectiveConfig(name="wasserstein-gaussian"), DIMENSIONS)
+
+    @torch.no_grad()
+    def distance(towers: Towers) -> float:
+        return float(objective(batch_of("wasserstein-gaussian", STEPS, towers, towers), Workers()).loss)
+
+    assert distance(train("wasserstein-gaussian", {})) <= distance(Towers()) / 2
 
 
 def test_the_sample_has_what_the_objectives_ask_for() -> None:

@@ -25,7 +25,7 @@ from cl.recipes import recipe_rows
 from tests.distributed.references.noncontrastive import head
 from tests.distributed.references.prototypes import sinkhorn
 from tests.training_corpus import write_corpus
-from tests.unit.recipe_runs import IMAGE, TEXT, averaged, clip_loss, nt_xent, run_recipe, unit_rows
+from tests.unit.recipe_runs import IMAGE, STEPS, TEXT, averaged, clip_loss, nt_xent, run_recipe, unit_rows
 
 HEADS = ("objective.projector=[16, 16, 8]",)
 CROPS = ("model.views.crop.size=8", "model.views.crop.copies=3")
@@ -309,3 +309,31 @@ def test_dino_matches_all_crops_with_a_centred_moving_average(corpus: str, tmp_p
     assert seen.outcome.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-3)
     expected, average = averaged(seen, 0.996, "ema")
     assert all(torch.allclose(average[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def test_mugs_adds_instance_local_group_and_group(corpus: str, tmp_path: Path) -> None:
+    inner = "objective.terms.{}.objective.{}"
+    sizes = [inner.format("group", field) for field in ("hidden=16", "bottleneck=8", "prototypes=12")]
+    sizes += [inner.format("local-group", field) for field in ("queue=64", "memory=64", "heads=2")]
+    crops = ("model.views.local.size=8", "model.views.local.copies=3")
+    seen = run_recipe("mugs", corpus, tmp_path / "run", "model.embed_dim=16", *crops, *sizes)
+    views, metrics = seen.pairs.views, seen.outcome.metrics
+    assert list(views) == [
+        *("global_1", "global_2", "local_1", "local_2", "local_3"),
+        *("global_1_teacher", "global_2_teacher"),
+    ]
+    terms = [metrics[f"{name}/loss"].item() for name in ("instance", "local-group", "group")]
+    assert seen.outcome.loss.item() == pytest.approx(sum(terms), rel=1e-5)
+    expected = []
+    for n, (query, key) in enumerate((("global_1", "global_2_teacher"), ("global_2", "global_1_teacher"))):
+        queue = seen.of(f"terms.instance.queues.{n}.")
+        assert int(queue["count"]) > 16 * STEPS / 2
+        repeats = (seen.pairs.content[:, None] == queue["content"]).any(-1)
+        negatives = (views[query] @ queue["embeddings"].T).masked_fill(repeats | ~queue["filled"], -torch.inf)
+        own = (views[query] * views[key]).sum(1, keepdim=True)
+        expected.append(((5 * torch.cat([own, negatives], 1)).logsumexp(1) - 5 * own[:, 0]).mean().item())
+    assert terms[0] == pytest.approx(sum(expected) / 2, rel=1e-3)  # He et al. 2020, eq. 1, both ways
+    assert seen.state["terms.local-group.known.filled"].all()
+    assert seen.moved("towers.image")
+    slow, average = averaged(seen, 0.996, "teacher")
+    assert all(torch.allclose(average[name], value, atol=1e-5) for name, value in slow.items())

@@ -3,7 +3,7 @@
     L = mean_i - sum_c p_ic log softmax(s W e_i + b)_c,   p_i = tags_i / sum tags_i     (softmax)
     L = mean_i 1/C sum_c BCE(sigmoid(s W e_i + b)_c, tags_ic)                           (binary)
 
-Radenovic et al. 2023, "Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training", section 3.2
+Radenovic et al. 2023, "Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training"
 (softmax cross-entropy to the teacher's predicted objects and attributes); the binary form is CatLIP's (Mehta et al.
 2024, "CatLIP: CLIP-level Visual Recognition Accuracy with 2.7x Faster Pre-training on Web-scale Image-Text Data"),
 whose concepts are the WordNet nouns of the caption. A sample without tags has no softmax loss.

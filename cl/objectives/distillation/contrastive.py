@@ -3,8 +3,8 @@
     L = mean_i [ logsumexp_j (s_i . t_j) / tau - (s_i . t_i) / tau ],   j over the batch (and a queue) of the teacher
 
 Tian, Krishnan and Isola 2020, "Contrastive Representation Distillation", in its softmax form, as DistilCSE (Gao et al.
-2023, "DistilCSE: Effective Knowledge Distillation For Contrastive Sentence Embeddings", eq. 3) and interactive
-contrastive learning (CLIP-KD, eq. 9: the student's pictures against the teacher's texts: name the views accordingly)
+2023, "DistilCSE: Effective Knowledge Distillation For Contrastive Sentence Embeddings") and interactive
+contrastive learning (CLIP-KD: the student's pictures against the teacher's texts: name the views accordingly)
 use it. Needs teacher views of the student's dimensions.
 """
 

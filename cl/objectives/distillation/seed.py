@@ -3,7 +3,7 @@
     p_i = softmax([t_i . c] / tau_t),  q_i = softmax([s_i . c] / tau_s)   over c in the teacher's batch and queue
     L   = mean_i - sum_c p_ic log q_ic
 
-Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation", eq. 3 to 5; for sentences it is the
+Fang et al. 2021, "SEED: Self-supervised Distillation for Visual Representation"; for sentences it is the
 similarity-distribution distillation of self-supervised cross-view training (Limkonchotiwat et al. 2023). The candidates
 are the teacher's embeddings of the whole batch (the sample's own among them) and of the last `queue` samples. Needs a
 teacher view of the student's dimensions.
@@ -23,6 +23,7 @@ from cl.engine.rule import Comparison, Reductions, Samples, Tile, Tiler, row_lse
 from cl.engine.side import Side
 from cl.memory.queue import Queue
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
@@ -30,7 +31,7 @@ from cl.pairs import Pairs
 class SEEDConfig(ScaledConfig):
     teacher_view: str = Field("a_teacher", description="the teacher's view of the same samples")
     teacher_temperature: float = Field(0.01, gt=0, description="tau_t; the student's is `temperature`")
-    temperature: float = Field(0.2, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.2, description="initial temperature; scores are divided by it")
     learn_temperature: bool = Field(False, description="train the log of the inverse temperature")
     queue: int = Field(65536, ge=1, description="earlier teacher embeddings to compare with")
     dimensions: int | None = Field(None, ge=1, description="of the embeddings; default: those of the model")

@@ -5,7 +5,7 @@
     L    = mean_i KL(p_i | q_i)      anchors to candidates, candidates to anchors, or both (halved)
 
 For image-text pairs this is the distillation of CLIP's logits (Yang et al. 2024, "CLIP-KD: An Empirical Study of CLIP
-Model Distillation", eq. 6: contrastive relational distillation; DiHT's and MobileCLIP's with an ensemble as teacher).
+Model Distillation": contrastive relational distillation; DiHT's and MobileCLIP's with an ensemble as teacher).
 Teacher and student may have embeddings of different dimensions. Needs teacher views (`teachers` in the training config,
 or cached).
 """

@@ -2,7 +2,7 @@
 
     L = mean_i mean_{j != i} (s_i . s_j - t_i . t_j)^2
 
-Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", eq. 4, on embeddings of length 1; the inner products
+Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", on embeddings of length 1; the inner products
 are those of relational distillation by distance (Park et al. 2019), |x - y|^2 = 2 - 2 x . y. Dimensions may differ.
 Needs teacher views.
 """

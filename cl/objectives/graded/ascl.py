@@ -20,11 +20,12 @@ from torch import Tensor
 
 from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, Tiler, row_lse, row_mean, row_sum
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
 class AdaptiveSoftConfig(ScaledConfig):
-    temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.1, description="initial temperature; scores are divided by it")
     teacher_temperature: float = Field(0.05, gt=0, description="similarities of keys are divided by it")
     neighbours: float = Field(1.0, ge=0, description="how many neighbours share in the positive; 0: InfoNCE")
     teacher: str | None = Field(None, description="view whose similarities are the targets; default: the second view")

@@ -20,12 +20,13 @@ from torch.nn.functional import pad
 from cl.engine.collectives import Workers, gather_rows
 from cl.engine.moments import replicated
 from cl.objectives.base import OBJECTIVES, Objective, Outcome
+from cl.objectives.schedule import Scheduled
 from cl.objectives.temperature import Temperature, TemperatureConfig
 from cl.pairs import Pairs
 
 
 class CoSENTConfig(TemperatureConfig):
-    temperature: float = Field(0.05, gt=0, description="differences of scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="differences of scores are divided by it")
     learn_temperature: bool = Field(False, description="train the log of the inverse temperature")
     views: list[str] | None = Field(None, description="the two sides of a pair; default: the batch's first two views")
     label: str = Field("score", description="label [B]: how alike the two sides of each pair are")
@@ -59,6 +60,7 @@ class CoSENT(Objective):
         layout = workers.layout(len(pairs), pairs.device)
         weights, labels = layout.gather(weight), layout.gather(pairs.label(self.label))
         counts = weights > 0
+        self.temperature.follow_(pairs.clock)
         scale = self.temperature()
         loss = torch.zeros((), dtype=pairs.dtype, device=pairs.device)
         for share, score in zip(self.shares, self.scores(first, second), strict=True):

@@ -5,7 +5,7 @@
              the smaller in front by f(s (y - x)) and swaps by the rest;  f(x) = 1/2 + arctan(x) / pi
     loss_i = mean over the inputs of the binary cross-entropy of (mass of P on the positives' ranks, is a positive)
 
-Shvetsova et al. 2023, "Learning by Sorting: Self-supervised Learning with Group Ordering Constraints", section 3, on
+Shvetsova et al. 2023, "Learning by Sorting: Self-supervised Learning with Group Ordering Constraints", on
 the network of Petersen et al. 2022, "Monotonic Differentiable Sorting Networks". Negatives are the samples of all
 workers in the anchor's own view; with more than two views there are several positives. With `stop_candidates` only
 anchors have a gradient. An anchor with fewer than k negatives, or without a positive, has no loss.

@@ -2,7 +2,7 @@
 
     loss_i = error(g s_i + h - y_i),   s_i = <a_i, b_i>,   error(x) = x^2, |x|, or Huber's with a threshold of 1
 
-Reimers and Gurevych 2019, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks", section 3 (regression: g =
+Reimers and Gurevych 2019, "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks" (regression: g =
 1, h = 0). With `affine` g and h are learnt, so that labels may have any range: Barkan et al. 2020, "Scalable Attentive
 Sentence-Pair Modeling via Distilled Sentence Embedding", regresses the logits of a cross-encoder. It needs no
 negatives.

@@ -3,7 +3,7 @@
     V(a_i; j) = sqrt det G(a_i, v2_j, ..., vM_j),      G the matrix of all inner products
     loss_i    = 1/2 [ V_ii / tau + logsumexp_j -V(a_i; j) / tau ] + 1/2 [ V_ii / tau + logsumexp_j -V(a_j; i) / tau ]
 
-Cicchetti et al. 2025, "Gramian Multimodal Representation Learning and Alignment", section 3: the first view is the
+Cicchetti et al. 2025, "Gramian Multimodal Representation Learning and Alignment": the first view is the
 anchor (text in the paper), the other modalities of a sample stay together; either the anchor or the rest is
 exchanged. The determinant is expanded along the anchor, det G = |a|^2 det C - g^T adj(C) g, with C the inner products
 of the others and g those with the anchor, so a tile needs one product a modality, and nothing is inverted: identical

@@ -3,9 +3,9 @@
     s_ij   = mean_t max_r <a_it, b_jr> / tau       (`mean`; FILIP)      or the sum over t (`sum`; ColBERT)
     loss_i = f (logsumexp_j s(a_i, b_j) - s(a_i, b_i)) + (1 - f) (logsumexp_j s(b_i, a_j) - s(b_i, a_i))
 
-Yao et al. 2021, "FILIP: Fine-grained Interactive Language-Image Pre-Training", eq. 3 to 6: t runs over the anchor's
+Yao et al. 2021, "FILIP: Fine-grained Interactive Language-Image Pre-Training": t runs over the anchor's
 own tokens, so the two directions have different scores; f = 1/2. Khattab and Zaharia 2020, "ColBERT: Efficient and
-Effective Passage Search via Contextualized Late Interaction over BERT", eq. 3: the sum over the query's tokens, f =
+Effective Passage Search via Contextualized Late Interaction over BERT": the sum over the query's tokens, f =
 1. Views are token-wise [B, T, D]; padding is given by `Pairs.tokens`. Tiles shrink by the number of token pairs, so
 memory does not grow.
 """

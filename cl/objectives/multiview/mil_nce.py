@@ -3,7 +3,7 @@
     loss_i = log( sum_{k in P(i)} exp l_ik + sum_{k in N(i)} exp l_ik + sum_{k of i} sum_{j not of k} exp l_jk )
              - log sum_{k in P(i)} exp l_ik,                                                   l_ik = <a_i, t_k> / tau
 
-Miech et al. 2020, "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", eq. 1: the sum
+Miech et al. 2020, "End-to-End Learning of Visual Representations from Uncurated Instructional Videos": the sum
 over the bag is inside of the log, so the loss picks its own positives. P(i) are the sample's candidates (its other
 views and whatever `extra` names: the narrations around a clip) and, with `label`, those of its group; N(i) are all
 other candidates; the last sum is over the negatives of the sample's candidates and is left out by `direction:

@@ -19,11 +19,12 @@ from torch import Tensor
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
+from cl.objectives.schedule import Scheduled
 
 
 class MultiViewConfig(ManyViewsConfig):
     # All pairs of views are in one sum, of which a low temperature sees the most alike pair alone.
-    temperature: float = Field(0.2, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.2, description="initial temperature; scores are divided by it")
 
 
 def agreement(s: Samples, scale: Tensor) -> Tensor:

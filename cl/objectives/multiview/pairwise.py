@@ -3,7 +3,7 @@
     loss = sum_{(u, v)} w_uv mean_i [ (logsumexp_j l_uv,ij - l_uv,ii + logsumexp_j l_uv,ji - l_uv,ii) / 2 ]
     l_uv,ij = <u_i, v_j> / tau
 
-Tian et al. 2020, "Contrastive Multiview Coding", section 3.3: all pairs of views ("full graph"), or the first view
+Tian et al. 2020, "Contrastive Multiview Coding": all pairs of views ("full graph"), or the first view
 against each other one ("core view": image against audio, depth, text ..., as ImageBind). Each pair's mean is over the
 samples that have both views, so a batch may lack modalities here and there. Where the levels of a taxonomy are
 written out as texts (BioCLIP), each level is a view and the image the core. Default weights are 1 over the number of

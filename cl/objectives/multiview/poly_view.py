@@ -6,7 +6,7 @@
     sufficient : loss_i = -1/M sum_u log( exp q_iu / ( exp q_iu + sum_{j != i} sum_w exp <r_iu, z_jw> / tau ) )
                  r_iu = 1/(M-1) sum_{v != u} z_iv,      q_iu = <r_iu, z_iu> / tau
 
-Shidani et al. 2024, "Poly-View Contrastive Learning", section 2: means of the one-against-rest bounds over the M
+Shidani et al. 2024, "Poly-View Contrastive Learning": means of the one-against-rest bounds over the M
 views, and the mean of the other views as the sufficient statistic of the sample (not normalised). With two views all
 three are the same: NT-Xent without the anchor's own other view among the negatives, which it has in the numerator.
 """

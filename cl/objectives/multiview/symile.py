@@ -4,7 +4,7 @@
     loss_i          = 1/M sum_v -log( exp s_i / ( exp s_i + sum_{j != i} exp s(v_i, others of v at tuple j) ) )
 
 Saporta et al. 2024, "Contrasting with Symile: Simple Model-Agnostic Representation Learning for Unlimited
-Modalities", section 3: each modality v in turn is the anchor, s_i the score of the sample's own tuple; a negative
+Modalities": each modality v in turn is the anchor, s_i the score of the sample's own tuple; a negative
 tuple has the other modalities of different samples, shuffled anew for each anchor modality and step (the paper's O(N)
 sampling). Unlike sums of pairs it sees dependence that no pair shows; with two modalities and the tuples unshuffled
 it would be CLIP.
@@ -35,6 +35,7 @@ from cl.engine.randomness import keys_of
 from cl.engine.rule import Reductions, Samples, Tile, row_lse
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.multiview.views import ManyViewsConfig, ManyViewsObjective
+from cl.objectives.schedule import Scheduled
 from cl.pairs import Pairs
 
 TUPLE = "others of "  # the name of a side of shuffled tuples: this, the anchor's view, and which shuffle
@@ -43,7 +44,7 @@ CONTENT = "symile content"  # label: what a sample holds; the label named as a t
 
 class SymileConfig(ManyViewsConfig):
     # Products of three unit vectors are of the order of 1 over the dimensions, far smaller than cosines.
-    temperature: float = Field(0.02, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.02, description="initial temperature; scores are divided by it")
     max_scale: float = Field(1000.0, gt=0, description="largest inverse temperature, kept after each step")
     shuffles: int = Field(1, ge=1, description="sets of shuffled tuples; each gives N - 1 negatives an anchor")
     seed: int = Field(0, description="of the shuffles")

@@ -2,7 +2,7 @@
 
     loss = 1/3 [ clip(f, g) + clip(P_f f, Q_f h) + clip(P_g g, Q_g h) ]
 
-Kossen et al. 2023, "Three Towers: Flexible Contrastive Learning with Pretrained Image Models", section 3: f and g are
+Kossen et al. 2023, "Three Towers: Flexible Contrastive Learning with Pretrained Image Models": f and g are
 the first two views, h the third (a frozen teacher's embedding, cached or computed); P and Q are linear, their results
 are normalised; clip is symmetric InfoNCE. The third tower and all projections are dropped after training. One
 temperature is shared.

@@ -5,7 +5,7 @@
     g_m    = d / d z_m  mean_i logsumexp_m <a_i, u_m> / tau_u
 
 l_ij = <a_i, b_j> / tau, and q are the scores of a frozen model. Zhou et al. 2022, "Debiased Contrastive Learning of
-Unsupervised Sentence Representations", eqs. 3 to 7: g is the gradient of the non-uniformity loss, and the noise gets no
+Unsupervised Sentence Representations": g is the gradient of the non-uniformity loss, and the noise gets no
 gradient from the loss. The noise is the same on all workers; its gradient is over the anchors of all of them.
 """
 
@@ -25,6 +25,7 @@ from cl.engine.outcome import Outcome
 from cl.engine.rule import Comparison, Reductions, Samples, Term, Tile, row_lse
 from cl.engine.side import Side
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
@@ -32,7 +33,7 @@ _CHUNK = 1024  # anchors at a time
 
 
 class DCLRConfig(ScaledConfig):
-    temperature: float = Field(0.05, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="initial temperature; scores are divided by it")
     threshold: float = Field(0.9, description="score (cosine) of the other model from which a candidate is no negative")
     teacher: str | None = Field(
         "teacher", description="name t of the other model, whose embeddings of view x are the view x_t; null: no mask"

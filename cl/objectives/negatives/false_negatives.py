@@ -6,8 +6,8 @@
 
 l_ij = s_ij / tau. q is the present score without gradient, or, by `teacher`, that of another model. With threshold and
 k, both must hold; the label alone suffices. Huynh et al. 2022, "Boosting Contrastive Self-Supervised Learning with
-False Negative Cancellation", eqs. 3 and 4 (scores of a momentum encoder, threshold and k); by the label of a cluster or
-of nearest neighbours as in Chen et al. 2022, "Contrastive Test-Time Adaptation", eq. 6. Ties with the k-th largest
+False Negative Cancellation" (scores of a momentum encoder, threshold and k); by the label of a cluster or
+of nearest neighbours as in Chen et al. 2022, "Contrastive Test-Time Adaptation". Ties with the k-th largest
 count.
 """
 

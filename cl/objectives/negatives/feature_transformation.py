@@ -5,7 +5,7 @@
     loss_i = logsumexp( s_i / tau, <q_i, n_j> / tau ) - s_i / tau
 
 for embeddings of length 1; lambda = 1 + Beta(a, a) for each query, mu from Beta(b, b) for each key. Zhu et al. 2021,
-"Improving Contrastive Learning by Visualizing Feature Transformation", sections 3.2 and 3.3: harder positives, and more
+"Improving Contrastive Learning by Visualizing Feature Transformation": harder positives, and more
 diverse negatives. a = null or b = null leaves that part out. A mixture is no negative of a sample whose content either
 of its parts holds. Needs the teacher's embeddings, as `cl.objectives.state.moco`.
 """

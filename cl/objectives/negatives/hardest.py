@@ -6,7 +6,7 @@
 k, low and margin each apply where they are given. Negatives that score far below give next to no gradient, and those
 above the positive are often no negatives at all: k as in Xiong et al. 2021, "Approximate Nearest Neighbor Negative
 Contrastive Learning for Dense Text Retrieval"; the bound by the positive's score as in Moreira et al. 2024,
-"NV-Retriever: Improving text embedding models with effective hard-negative mining", section 3.2 (TopK-MarginPos).
+"NV-Retriever: Improving text embedding models with effective hard-negative mining" (TopK-MarginPos).
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
     loss   = mean_i [ l_i + (1 - p_i) (l_ii - mean_j l_ij) over directions ]        soften: target p_i on the own pair,
                                                                                     the rest spread over all candidates
     noise-posterior     two Gaussians fitted to all h: p_i = P(component of the smaller mean | h_i). Huang et al. 2021,
-                        "Learning with Noisy Correspondence for Cross-modal Matching", section 3.1; Tao et al. 2024,
+                        "Learning with Noisy Correspondence for Cross-modal Matching"; Tao et al. 2024,
                         "NEVLP: Noise-Robust Framework for Efficient Vision-Language Pre-training" (soften)
     bad-pair-mining     mu, sigma of all h: p_i = exp(-(h_i - mu)^2 / 2 sigma^2) / (sigma sqrt(2 pi)), where h_i lies
                         below mu - b sigma (noisy) or above mu + b' sigma (faulty), else 1. Lan et al. 2024, "Towards
-                        Enhancing Time Series Contrastive Learning: A Dynamic Bad Pair Mining Approach", eqs. 5 to 9
+                        Enhancing Time Series Contrastive Learning: A Dynamic Bad Pair Mining Approach"
 
 The fit is over the samples of all workers, at the first step of each epoch from `warmup_epochs` on; before that, and
 for samples without history, p is 1. `posterior` names a label that holds p_i, and nothing is kept.

@@ -4,7 +4,7 @@
 
 n_k are mined negatives (`extra`), of the anchor alone (`shared: false`) or of all samples of all workers; w_k are their
 weights in the batch (a miner's confidence), m is one weight for all. Karpukhin et al. 2020, "Dense Passage Retrieval
-for Open-Domain Question Answering", section 3.2 (shared, m = 1). One whose content is the anchor's is left out.
+for Open-Domain Question Answering" (shared, m = 1). One whose content is the anchor's is left out.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     loss_i = logsumexp_j <m_i, b_j> / tau - lambda_i <m_i, b_i> / tau - (1 - lambda_i) <m_i, b_p(i)> / tau
 
 p is a random cycle through the samples of all workers. Lee et al. 2021, "i-Mix: A Domain-Agnostic Strategy for
-Contrastive Representation Learning", eq. 5, with anchors mixed as embeddings; where the loader mixes pictures (Jiang et
+Contrastive Representation Learning", with anchors mixed as embeddings; where the loader mixes pictures (Jiang et
 al. 2023, "TiMix: Text-aware Image Mixing for Effective Vision-Language Pre-training"), `share` names the label that
 holds lambda_i, the batch's view `partner` holds b_p(i), and nothing is mixed here.
 

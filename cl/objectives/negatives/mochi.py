@@ -5,7 +5,7 @@
     h'     = unit( beta q_i + (1 - beta) n ),    n from H_i, beta from U(0, 1/2)          s' of them
     loss_i = logsumexp( l_i, <q_i, k> / tau for k in the queue, all h and all h' ) - l_i,  l_i = <q_i, k_i> / tau
 
-Kalantidis et al. 2020, "Hard Negative Mixing for Contrastive Learning", section 4. Mixtures are constants: no gradient
+Kalantidis et al. 2020, "Hard Negative Mixing for Contrastive Learning". Mixtures are constants: no gradient
 reaches q through h'. Every query has its own, made from numbers that depend on the seed, the step and the sample alone.
 Needs the teacher's embeddings, as `cl.objectives.state.moco`.
 """
@@ -23,11 +23,12 @@ from cl.engine import randomness
 from cl.engine.normalise import unit
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_top
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.state.moco import MoCo, MoCoConfig
 
 
 class MoCHiConfig(MoCoConfig):
-    temperature: float = Field(0.2, gt=0, description="scores are divided by it")
+    temperature: Scheduled = Field(0.2, description="scores are divided by it")
     hardest: int = Field(1024, ge=1, description="keys of the queue that are mixed, N")
     mixed: int = Field(512, ge=0, description="mixtures of two keys a query, s")
     mixed_with_query: int = Field(256, ge=0, description="mixtures of the query and a key, s'")

@@ -6,10 +6,10 @@ With l_ij = s_ij / tau, n negatives of an anchor, prior tau+ that a negative is 
     g_i    = max{ (h_i - tau+ e^{l_ii}) / (1 - tau+),  e^{-1 / tau} }
     loss_i = log( alpha e^{l_ii} + n g_i ) - l_ii
 
-    debiased  beta = 0, alpha = 1   Chuang et al. 2020, "Debiased Contrastive Learning", eq. 8
-    hcl       alpha = 1             Robinson et al. 2021, "Contrastive Learning with Hard Negative Samples", eq. 4
+    debiased  beta = 0, alpha = 1   Chuang et al. 2020, "Debiased Contrastive Learning"
+    hcl       alpha = 1             Robinson et al. 2021, "Contrastive Learning with Hard Negative Samples"
     diht      tau+ = 0, no maximum  Radenovic et al. 2023, "Filtering, Distillation, and Hard Negatives for
-                                    Vision-Language Pre-Training", eq. 6 (importance sampling of negatives)
+                                    Vision-Language Pre-Training" (importance sampling of negatives)
 
 e^{-1/tau} is the least that a cosine can give. Chuang and Robinson take negatives of both views, `same_side: true`.
 Everything is computed on logarithms, so no temperature overflows. An anchor without negatives has no loss.

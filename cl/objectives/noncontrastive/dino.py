@@ -51,6 +51,12 @@ class PrototypeHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )
+        # As in the authors' program. Biases of the usual size would outweigh embeddings of length 1, and all samples
+        # would be of one class from the start.
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.directions = nn.Parameter(torch.randn(prototypes, bottleneck))
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 
 Kinakh et al. 2023, "MV-MR: multi-views and multi-representations for self-supervised learning and knowledge
 distillation", on the distance correlation of Szekely, Rizzo and Bakirov 2007, "Measuring and testing dependence by
-correlation of distances", definitions 2 to 4. The other views may be another augmentation, hand-crafted features, or a
+correlation of distances". The other views may be another augmentation, hand-crafted features, or a
 frozen model's embeddings of any dimension; embeddings have length 1, so distances are sqrt(2 - 2 s).
 """
 

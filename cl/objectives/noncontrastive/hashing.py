@@ -3,8 +3,8 @@
     h = tanh(beta W e),   L = L_inner(normalise h) + q mean_i |abs(h_i) - 1|^2 / K + d |mean_i h_i|^2 / K
 
 Codes for search by Hamming distance are sign(W e). beta grows over the run (Cao et al. 2017, "HashNet: Deep Learning to
-Hash by Continuation", section 3.2), q pulls entries to -1 and 1 (Liu et al. 2016, "Deep Supervised Hashing for Fast
-Image Retrieval", eq. 4), d balances each bit over the global batch. Affinity-prompted hashing (PromptHash) puts its own
+Hash by Continuation"), q pulls entries to -1 and 1 (Liu et al. 2016, "Deep Supervised Hashing for Fast
+Image Retrieval"), d balances each bit over the global batch. Affinity-prompted hashing (PromptHash) puts its own
 contrast inside.
 """
 

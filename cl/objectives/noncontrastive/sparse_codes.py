@@ -3,7 +3,7 @@
     z_k = top_k(relu(W_e (f - b) + b_e)),   f_k = W_d z_k + b
     L   = |f - f_k|^2 + r |f - f_4k|^2 + c L_infonce(normalise z_k of both views)
 
-Wen et al. 2025, "Beyond Matryoshka: Revisiting Sparse Coding for Adaptive Representation", eq. 3 to 6: W_e is wide, k
+Wen et al. 2025, "Beyond Matryoshka: Revisiting Sparse Coding for Adaptive Representation": W_e is wide, k
 small; the denser code of 4k keeps units alive (r = 1/8), the contrast is between the codes of the two views, which are
 not negative. The mean over samples is of squared distances summed over dimensions.
 """

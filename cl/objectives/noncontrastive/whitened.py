@@ -2,7 +2,7 @@
 
     x^(k) = P_k^T ZCA_groups(P_k x),  P_k a permutation of the dimensions;   L = 1/K sum_k L_inner(normalise x^(k))
 
-Zhuo et al. 2023, "WhitenedCSE: Whitening-based Contrastive Learning of Sentence Embeddings", section 3.2 (shuffled
+Zhuo et al. 2023, "WhitenedCSE: Whitening-based Contrastive Learning of Sentence Embeddings" (shuffled
 group whitening; the K shufflings are several positives of the same sentence). ZCA: Cov^(-1/2) (x - mean) by the
 eigenvalues of the group's covariance. The permutations are functions of the seed and the step. Groups must hold fewer
 dimensions than the batch has samples.

@@ -1,10 +1,12 @@
 """W-MSE: views agree after whitening, which spreads the batch over a sphere.
 
-    v_i = L^-1 (x_i - mean),  L L^T = (1 - eps) Cov + eps I    over both views of the global batch
+    v_i = F^-1 (x_i - mean),  F F^T = (1 - eps) Cov + eps I    over the global batch, F lower triangular
     L   = mean_i | v_i / |v_i| - v'_i / |v'_i| |^2
 
-Ermolov et al. 2021, "Whitening for Self-Supervised Representation Learning", eq. 1 to 5 (Cholesky, the normalised
-distance). The batch must hold more samples than there are dimensions.
+Ermolov et al. 2021, "Whitening for Self-Supervised Representation Learning": Cholesky, the normalised distance. Each
+view is whitened by its own moments, as in the authors' program (their slices of a batch hold one view), which also
+removes what tells two modalities apart; with `apart: false` both by the moments of both. The batch must hold more
+samples than there are dimensions.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from cl.pairs import Pairs
 
 
 class WhiteningConfig(MomentConfig):
+    apart: bool = Field(True, description="each view by its own mean and covariance; false: by those of both views")
     eps: float = Field(1e-3, gt=0, lt=1, description="share of the identity in the covariance that is inverted")
 
 
@@ -38,19 +41,24 @@ class WhiteningMSE(MomentObjective):
 
     def __init__(self, config: WhiteningConfig) -> None:
         super().__init__(config)
-        self.eps = config.eps
+        self.apart, self.eps = config.apart, config.eps
 
     def forward(self, pairs: Pairs, workers: Workers) -> Outcome:
         rows = self.rows(pairs, workers)
         first, second = rows.views[:2]
-        both, weight = torch.cat([first, second]), rows.weight.repeat(2)
-        factor = cholesky(moments.covariance(both, weight, workers, correction=1), self.eps)
-        centre = moments.mean(both, weight, workers)
-        left, right = (
-            unit(torch.linalg.solve_triangular(factor, (v - centre).T, upper=False).T) for v in (first, second)
-        )
-        loss = rows.mean((left - right).square().sum(1), workers)
+        if self.apart:
+            left, right = (self.whiten(view, rows.weight, workers) for view in (first, second))
+        else:
+            both = self.whiten(torch.cat([first, second]), rows.weight.repeat(2), workers)
+            left, right = both.chunk(2)
+        loss = rows.mean((unit(left) - unit(right)).square().sum(1), workers)
         return Outcome(moments.replicated(loss, workers))
+
+    def whiten(self, rows: Tensor, weight: Tensor, workers: Workers) -> Tensor:
+        """[B, D] with the unit matrix for covariance."""
+        factor = cholesky(moments.covariance(rows, weight, workers, correction=1), self.eps)
+        centred = rows - moments.mean(rows, weight, workers)
+        return torch.linalg.solve_triangular(factor, centred.T, upper=False).T
 
 
 def cholesky(covariance: Tensor, eps: float) -> Tensor:

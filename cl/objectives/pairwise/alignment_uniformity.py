@@ -4,7 +4,7 @@
     U(x) = log mean_i mean_{j != i} exp(-t |x_i - x_j|^2)
 
 Wang and Isola 2020, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-Hypersphere", section 4. Pairs i, j run over the samples of all workers, those of equal content left out.
+Hypersphere". Pairs i, j run over the samples of all workers, those of equal content left out.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     d_ij   = -|x_j - (1 - t_i / T_i) s_i - (t_i / T_i) e_i|^2 / (2 sigma_i^2),   sigma_i^2 = t_i (T_i - t_i) / T_i
     loss_i = log sum_j exp d_ij - d_ii
 
-Wang et al. 2022, "Language Modeling via Stochastic Processes", eq. 1 to 3: s, x, e are the first three views (start,
+Wang et al. 2022, "Language Modeling via Stochastic Processes": s, x, e are the first three views (start,
 middle, end), t of T is the place of the middle among the steps from start to end, from a label [B, 2] of numbers with 0
 < t < T. Candidates j are the middles of all workers' samples.
 """

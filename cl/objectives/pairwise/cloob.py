@@ -21,12 +21,13 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from cl.engine.collectives import Workers, gather_rows
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.objectives.base import OBJECTIVES, Outcome
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
 
 class CLOOBConfig(ScaledConfig):
-    temperature: float = Field(1 / 30, gt=0, description="tau; scores are divided by it")
+    temperature: Scheduled = Field(1 / 30, description="tau; scores are divided by it")
     learn_temperature: bool = Field(False, description="train the log of the inverse temperature")
     beta: float = Field(
         8.0, ge=0, description="inverse temperature of the retrieval; large: the memory gives the query"

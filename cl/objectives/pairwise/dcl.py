@@ -4,22 +4,23 @@
 
 Yeh et al. 2022, "Decoupled Contrastive Learning", eq. 6: with the positive out of the denominator the gradient no
 longer vanishes where the positive is already close, which helps small batches. f is 1/2, or 1 for anchors against
-candidates. A sample without any negative has no loss.
+candidates. With `same_side` the negatives are, as in the paper, both views of all other samples; without, the other
+view alone, as suits images and texts. A sample without any negative has no loss.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 from pydantic import Field
 
-from cl.engine.rule import Reductions, Samples, Term, Tile, column_lse, row_lse
+from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.tiled import ScaledConfig, ScaledObjective
+from cl.objectives.pairwise.directed import DirectedConfig, DirectedObjective
 
 
-class DecoupledConfig(ScaledConfig):
-    direction: Literal["both", "forward"] = Field("both", description="forward: first view against second alone")
+class DecoupledConfig(DirectedConfig):
+    same_side: bool = Field(False, description="other samples of the anchor's own view are negatives too")
 
 
 @OBJECTIVES.register(
@@ -27,24 +28,30 @@ class DecoupledConfig(ScaledConfig):
     "InfoNCE with the positive left out of the sum over candidates",
     paper="Decoupled Contrastive Learning",
 )
-class Decoupled(ScaledObjective):
+class Decoupled(DirectedObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = DecoupledConfig
 
     def __init__(self, config: DecoupledConfig) -> None:
         super().__init__(config)
-        self.both = config.direction == "both"
+        self.same_side = config.same_side
+
+    def comparisons(self, views: Sequence[str]) -> list[tuple[str, str]]:
+        first, second = views[:2]
+        return [(first, second), *((view, view) for view in [first, second][: 1 + self.both] if self.same_side)]
 
     def tile(self, t: Tile) -> Reductions:
         logits = self.temperature() * t.scores
-        rows = row_lse(logits, over="negatives")
-        return {"rest": [rows, column_lse(logits, over="negatives")] if self.both else rows}
+        if t.row_view == t.column_view:
+            return {"rest": row_lse(logits, over="negatives")}
+        return {"rest": self.each(row_lse, logits, over="negatives")}
 
     def finish(self, s: Samples) -> list[Term]:
         first, second = list(s.views)[:2]
         positive = self.temperature() * s.own(first, second)
-        views = [first, second] if self.both else [first]
+        anchors = self.anchors(s)
         return [
-            Term(s["rest", view] - positive, valid=s["rest", view].isfinite(), factor=1 / len(views)) for view in views
+            Term(s["rest", view] - positive, valid=s["rest", view].isfinite(), factor=1 / len(anchors))
+            for view in anchors
         ]

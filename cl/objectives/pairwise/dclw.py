@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
 class WeightedDecoupledConfig(ScaledConfig):
-    temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.1, description="initial temperature; scores are divided by it")
     sigma: float = Field(0.5, ge=0.05, description="concentration of the weight; large: all weights 1")
     same_side: bool = Field(True, description="other samples of the anchor's own view are negatives too")
     stop_weight: bool = Field(True, description="no gradient through the weight")

@@ -3,7 +3,7 @@
     Z_i    = sum_j e(a_i, c_j) + sum_{j != i} e(a_i, a_j) + sum_j e(a_j, c_i) + sum_{j != i} e(c_j, c_i)
     loss_i = log Z_i - l_ii,   e(x, y) = exp(<x, y> / tau)
 
-Li et al. 2023, "Towards General Text Embeddings with Multi-stage Contrastive Learning", section 3 (improved contrastive
+Li et al. 2023, "Towards General Text Embeddings with Multi-stage Contrastive Learning" (improved contrastive
 loss). The own pair is in both of the sums across sides, as the paper writes it. Mined negatives (`extra`) are
 candidates of every a_i.
 """

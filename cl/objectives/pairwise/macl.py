@@ -22,11 +22,12 @@ from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.objectives.base import OBJECTIVES, Outcome
 from cl.objectives.pairwise.directed import DirectedConfig, DirectedObjective
+from cl.objectives.schedule import Scheduled
 from cl.pairs import Pairs
 
 
 class MACLConfig(DirectedConfig):
-    temperature: float = Field(0.1, gt=0, description="tau_0; scores are divided by tau")
+    temperature: Scheduled = Field(0.1, description="tau_0; scores are divided by tau")
     learn_temperature: bool = Field(False, description="train the log of the inverse of tau_0")
     alpha: float = Field(0.5, ge=0, le=1, description="how much the temperature follows alignment; 0: not at all")
     expected_alignment: float = Field(0.0, ge=-1, lt=1, description="A_0, the alignment at which tau is tau_0")

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Samples, Tile, column_lse, row_lse
 from cl.objectives.base import OBJECTIVES, Outcome
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
@@ -28,7 +29,7 @@ RAW = "raw "
 
 
 class MeanShiftedConfig(ScaledConfig):
-    temperature: float = Field(0.25, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.25, description="initial temperature; scores are divided by it")
     learn_temperature: bool = Field(False, description="train the log of the inverse temperature")
     centre_steps: int = Field(100, ge=1, description="steps whose batches' mean is the centre")
     angular_weight: float = Field(0.0, ge=0, description="weight of the squared distance to the centre's direction")

@@ -22,12 +22,13 @@ from cl.engine.collectives import Workers
 from cl.engine.rule import Reductions, Samples, Tile, row_sum
 from cl.engine.sigmoid import sigmoid_loss
 from cl.objectives.base import OBJECTIVES, Outcome
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 from cl.pairs import Pairs
 
 
 class SigLIPConfig(ScaledConfig):
-    temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.1, description="initial temperature; scores are divided by it")
     bias: float = Field(-10.0, description="initial bias of the logits")
     learn_bias: bool = Field(True, description="train the bias")
 

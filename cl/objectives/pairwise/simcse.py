@@ -20,11 +20,12 @@ from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Tile, row_lse, row_top
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
 class SimCSEConfig(ScaledConfig):
-    temperature: float = Field(0.05, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="initial temperature; scores are divided by it")
     own_negative_weight: float = Field(1.0, gt=0, description="alpha, weight of the anchor's own mined negatives")
 
 

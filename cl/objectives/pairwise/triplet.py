@@ -8,7 +8,7 @@
 
 Hermans, Beyer and Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" (batch all, batch hard,
 soft margin); Schroff, Kalenichenko and Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and
-Clustering", section 3.2 (semi-hard).
+Clustering" (semi-hard).
 
 d is the Euclidean distance, its square, or 1 - cosine. Negatives are the samples of all workers, and with `extra` the
 mined ones. `all` is a mean over the triplets of the global batch (with `soft` every triplet costs something); the

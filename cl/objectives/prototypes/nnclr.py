@@ -4,8 +4,9 @@
     L      = [ InfoNCE(n(a), b) + InfoNCE(n(b), a) ] / 2,  anchors n(.) against the candidates of the global batch
 
 Dwibedi et al. 2021, "With a Little Help from My Friends: Nearest-Neighbor Contrastive Learning of Visual
-Representations", eq. 2 and 3. The queue holds the first view of earlier batches; until it holds any, samples are their
-own neighbours. Neighbours across clips and modalities (All4One, CrossCLR) are the same with other views.
+Representations". The queue holds the first view of earlier batches; until it holds any, samples are their
+own neighbours. Neighbours across clips and modalities (CrossCLR) are the same with other views; `all4one` reads several
+neighbours.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from cl.engine.sweep import Tiling
 from cl.engine.symmetric import symmetric_infonce
 from cl.memory.queue import Queue
 from cl.objectives.base import OBJECTIVES, Objective
+from cl.objectives.prototypes.neighbours import nearest
 from cl.objectives.temperature import Temperature, TemperatureConfig
 from cl.pairs import Pairs
-
-ANCHORS_AT_A_TIME = 256  # x queue: the similarities that are held at once
 
 
 class NNCLRConfig(TemperatureConfig):
@@ -68,7 +68,7 @@ class NNCLR(Objective):
         losses = []
         for anchor, other in ((first, second), (second, first)):
             loss, _, _ = symmetric_infonce(
-                self.neighbours(views[anchor], weight),
+                nearest(self.queue, views[anchor], weight)[:, 0],
                 views[other],
                 self.temperature(),
                 layout=layout,
@@ -82,16 +82,6 @@ class NNCLR(Objective):
         if self.training and torch.is_grad_enabled():
             self.queue.push(views[first], None, weight, layout)
         return Outcome(losses[0] + losses[1], dict(self.measures()))
-
-    @torch.no_grad()
-    def neighbours(self, anchors: Tensor, weight: Tensor) -> Tensor:
-        """[B, D]: the nearest element of the queue of each anchor."""
-        if not bool(self.queue.filled.any()):
-            return anchors.detach()
-        known = self.queue.embeddings[self.queue.filled].to(anchors.dtype)
-        anchors = anchors.detach().where((weight > 0)[:, None], 0)
-        nearest = [(part @ known.T).argmax(1) for part in anchors.split(ANCHORS_AT_A_TIME)]
-        return known[torch.cat(nearest)]
 
     def measures(self) -> Mapping[str, Tensor]:
         return {"logit_scale": self.temperature().detach()}

@@ -3,7 +3,7 @@
     L   = mean_i [ logsumexp_c (e_i . p_c) / tau - (e_i . p_y(i)) / tau ]
     p_c <- normalise(m p_c + (1 - m) mean of the members' embeddings in the global batch)      after the loss
 
-Li et al. 2021, "Prototypical Contrastive Learning of Unsupervised Representations", eq. 11, with classes given by a
+Li et al. 2021, "Prototypical Contrastive Learning of Unsupervised Representations", with classes given by a
 label of the batch (clusters of an earlier model, web queries) instead of k-means once an epoch; the moving average and
 its use across modalities (prototypes from texts, contrast of pictures: `prototype_view`) are those of CAPro (Qin et al.
 2023, "CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes"). A prototype that no sample has had yet

@@ -4,7 +4,7 @@
     views p_v = softmax(z_v C^T / tau) L   = mean over assigned views v and other views u of  mean_i - sum_k q_v,ik log
     p_u,ik
 
-Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", eq. 1 to 5; C has rows
+Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments"; C has rows
 of length 1. Further views (local crops) predict but are not assigned.
 """
 

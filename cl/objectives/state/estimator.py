@@ -7,7 +7,7 @@
 Its gradient is that of mean_i log(eps + E g_i) with the expectation over the whole corpus, not over the batch, so small
 batches do not bias it. Yuan et al. 2022, "Provable Stochastic Optimization for Global Contrastive Learning: Small Batch
 Does Not Harm Performance", algorithm 1; Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to Accelerate
-CLIP Training with Limited Resources", algorithm 1 and eq. 2.
+CLIP Training with Limited Resources", algorithm 1.
 
 The value is about 1 at every step; the log shows `global_contrastive`, the mean of log(eps + u_i), which is what is
 being minimised. Estimates are kept as logarithms, so they neither overflow nor underflow at any temperature (the

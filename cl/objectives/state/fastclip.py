@@ -9,7 +9,7 @@ With g, u, eps as in `cl.objectives.state.estimator`:
 
 Yuan et al. 2022, "Provable Stochastic Optimization for Global Contrastive Learning: Small Batch Does Not Harm
 Performance"; Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to Accelerate CLIP Training with Limited
-Resources", section 5.2 (halved: there both directions are summed and the penalty is 2 rho).
+Resources" (halved: there both directions are summed and the penalty is 2 rho).
 
 `temperature_rule` of v3: by the paper, d/dtau = rho + mean log(eps + u) / 2 + tau mean (d g / d tau) / (eps + u) / 2.
 The authors' code counts the last part twice, as g is computed from the side of its rows and from that of its columns,

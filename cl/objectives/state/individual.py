@@ -8,7 +8,7 @@ With l_ij = <a_i, b_j> / tau_i, d_ij = l_ij - l_ii and g, u, eps as in `cl.objec
     momentum  m_i <- (1 - beta) m_i + beta d tau_i,  tau_i <- tau_i - eta m_i
 
 tau_i is kept in [tau_min, tau_max], and moves after the step's loss. Qiu et al. 2023, "Not All Semantics are Created
-Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization", algorithm 1 (momentum);
+Equal: Contrastive Self-supervised Learning with Automatic Temperature Individualization" (momentum);
 Wei et al. 2024, "FastCLIP: A Suite of Optimization Techniques to Accelerate CLIP Training with Limited Resources", v2
 (adam). The published code keeps e^{-b} u with a running maximum b of d_ij, against overflow; here u is a logarithm and
 needs none. The gradients of rows of one sample in the same batch are averaged before the clamp.

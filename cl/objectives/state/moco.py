@@ -5,12 +5,12 @@
 q_i is the first view by the towers in training, k_i the second view by the teacher. He et al. 2020, "Momentum Contrast
 for Unsupervised Visual Representation Learning", eq. 1 and algorithm 1; with a projection of two layers it is MoCo v2.
 `in_batch` adds the keys k_j of the present batch to the sum, and `direction: both` the same loss from the second view
-to keys of the first, with a queue of its own (Li et al. 2021, "Align before Fuse", eq. 1).
+to keys of the first, with a queue of its own (Li et al. 2021, "Align before Fuse").
 
-    contriever  Izacard et al. 2022, "Unsupervised Dense Information Retrieval with Contrastive Learning", section 3.1:
+    contriever  Izacard et al. 2022, "Unsupervised Dense Information Retrieval with Contrastive Learning":
                 two crops of a document, tau .05, a queue of 131,072
     infoxlm     Chi et al. 2021, "InfoXLM: An Information-Theoretic Framework for Cross-Lingual Language Model
-                Pre-Training", eq. 8: a sentence and its translation, both ways; tau .05, a queue of 131,072. Its mixed
+                Pre-Training": a sentence and its translation, both ways; tau .05, a queue of 131,072. Its mixed
                 pairs (two sentences in one) are made by the loader
 
 The queue is the same on all workers and for any number of them, in the checkpoint, and empty at first; what is in it
@@ -32,6 +32,7 @@ from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.engine.side import Side
 from cl.memory.queue import Queue
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.state.momentum import MomentumConfig, MomentumObjective
 from cl.pairs import Pairs
 
@@ -44,7 +45,7 @@ class MoCoConfig(MomentumConfig):
 
 
 class ContrieverConfig(MoCoConfig):
-    temperature: float = Field(0.05, gt=0, description="scores are divided by it")
+    temperature: Scheduled = Field(0.05, description="scores are divided by it")
     queue: int = Field(131072, ge=1, description="keys that are kept, in samples")
 
 

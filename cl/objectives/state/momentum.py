@@ -19,6 +19,7 @@ from pydantic import Field
 
 from cl.engine.rule import Reductions, Samples, Term, Tile, row_lse
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective
 
 
@@ -45,7 +46,7 @@ class MomentumObjective(ScaledObjective):
 
 
 class MoCoV3Config(MomentumConfig):
-    temperature: float = Field(0.2, gt=0, description="scores are divided by it")
+    temperature: Scheduled = Field(0.2, description="scores are divided by it")
 
 
 @OBJECTIVES.register(

@@ -4,7 +4,7 @@ Balanced contrastive learning (`bcl`), with a learnt prototype c_y for each clas
 
     loss_i = log sum_{classes y} 1/n_y(i) sum_{a in A(i) u C, of y} exp l_ia - 1/|P(i)| sum_{p in P(i)} l_ip
 
-Zhu et al. 2022, "Balanced Contrastive Learning for Long-Tailed Visual Recognition", section 3: n_y(i) is the number
+Zhu et al. 2022, "Balanced Contrastive Learning for Long-Tailed Visual Recognition": n_y(i) is the number
 of embeddings of class y but i itself, the prototype included, so that a frequent class repels no more than a rare
 one, and every class is in every batch. P(i) holds the prototype of the own class. l_ij = <z_i, z_j> / tau; prototypes
 have length 1.
@@ -13,7 +13,7 @@ Parametric contrastive learning (`paco`), with centres that are not normalised a
 
     loss_i = -1/W sum_{p in P(i) u {c_y(i)}} w_p log( exp l_ip / sum_{a in A(i) u C} exp l_ia ),   l_ic = <z_i, c>
 
-Cui et al. 2021, "Parametric Contrastive Learning", section 3: w_p = alpha for samples and 1 for the own centre, W
+Cui et al. 2021, "Parametric Contrastive Learning": w_p = alpha for samples and 1 for the own centre, W
 their sum. The paper adds a momentum encoder with a queue, which a training config gives by `teachers`.
 
 A sample with unknown class (below 0) has no prototype.

@@ -4,7 +4,7 @@
     s_ij   = cos( g_i * a_i, g_i * b_j )                   candidates are seen through the anchor's gate
     loss_i = 1/2 [ logsumexp_j s_ij / tau - s_ii / tau ] + 1/2 [ logsumexp_j s'_ij / tau - s'_ii / tau ]
 
-Wu et al. 2024, "Rethinking Positive Pairs in Contrastive Learning", section 3 (Hydra): e is a table of class vectors,
+Wu et al. 2024, "Rethinking Positive Pairs in Contrastive Learning" (Hydra): e is a table of class vectors,
 the gate a small network of their mean, so that C classes give C (C + 1) / 2 subspaces without a table of that size.
 s' has the second view as anchor. Row i of the batch is a pair; its label is [B, 2] (the classes of both views) or [B]
 (one class). Gates that are open everywhere give InfoNCE of cosines.

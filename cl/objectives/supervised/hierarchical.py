@@ -2,7 +2,7 @@
 
     loss_i = 1/L sum_{l=1..L} w_l [ logsumexp_{a in A(i)} s_ia - 1/|P_l(i)| sum_{p in P_l(i)} s_ip ]
 
-Zhang et al. 2022, "Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework", section 3.2
+Zhang et al. 2022, "Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework"
 (HiMulCon). s_ij = <z_i, z_j> / tau; labels are int64 [B, L], coarse to fine (kingdom, ..., species); P_l(i) are the
 embeddings of all views that agree with i on the levels 1 to l, the sample's own other views among them. The weights
 default to those of the authors' program, w_l = 2^(1/(L - l + 1)): the finest level weighs most. An anchor takes part
@@ -23,15 +23,20 @@ from cl.engine.outcome import Outcome
 from cl.engine.rule import Reductions, Samples, Term, Tile
 from cl.errors import DataError
 from cl.objectives.base import OBJECTIVES
-from cl.objectives.supervised.labelled import ScaledLabelledConfig, ScaledLabelledObjective
+from cl.objectives.supervised.labelled import (
+    LabelledConfig,
+    LabelledObjective,
+    ScaledLabelledConfig,
+    ScaledLabelledObjective,
+)
 from cl.pairs import Pairs
 
 
-class HierarchyConfig(ScaledLabelledConfig):
+class HierarchyConfig(LabelledConfig):
     label: str = Field("levels", description="the label, int64 [B, L], coarse to fine; below 0: unknown")
 
 
-class HierarchyObjective(ScaledLabelledObjective):
+class HierarchyObjective(LabelledObjective):
     """Labels with levels, of which samples share the first few."""
 
     needs = ("labels with levels",)
@@ -60,7 +65,7 @@ class HierarchyObjective(ScaledLabelledObjective):
             yield agree | t.positive
 
 
-class HiMulConConfig(HierarchyConfig):
+class HiMulConConfig(HierarchyConfig, ScaledLabelledConfig):
     weights: list[float] | None = Field(None, description="of each level, coarse to fine; default 2^(1/(L - l + 1))")
 
 
@@ -69,7 +74,7 @@ class HiMulConConfig(HierarchyConfig):
     "SupCon on every level of a taxonomy, weighted by level",
     paper="Use All The Labels: A Hierarchical Multi-Label Contrastive Learning Framework",
 )
-class HiMulCon(HierarchyObjective):
+class HiMulCon(HierarchyObjective, ScaledLabelledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = HiMulConConfig

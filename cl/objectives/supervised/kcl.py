@@ -2,7 +2,7 @@
 
     loss_i = -1/|V(i)| sum_{p in V(i)} log( exp l_ip / sum_{a in A(i)} exp l_ia ),      l_ij = <z_i, z_j> / tau
 
-Kang et al. 2021, "Exploring Balanced Feature Spaces for Representation Learning", section 3.3: V(i) are the other
+Kang et al. 2021, "Exploring Balanced Feature Spaces for Representation Learning": V(i) are the other
 views of the sample and k embeddings of other samples of its class (all where there are fewer), drawn anew at each
 step, by seed, step and sample ids. k = 0 is NT-Xent, a large k SupCon. The paper draws from the queue of a momentum
 encoder; here it is the batch of all workers.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl.engine.reduction import Over
 from cl.engine.rule import Comparison, Reduction, Samples, Term, Tile, column_lse, column_sum, row_lse, row_sum
+from cl.objectives.schedule import Scheduled
 from cl.objectives.tiled import ScaledConfig, ScaledObjective, TiledConfig, TiledObjective
 
 PROTOTYPES = "prototypes"  # the side of learnt vectors, one or more a class
@@ -68,7 +69,7 @@ class LabelledObjective(TiledObjective):
 class ScaledLabelledConfig(LabelledConfig, ScaledConfig):
     """Fields of supervised objectives with one global temperature."""
 
-    temperature: float = Field(0.1, gt=0, description="initial temperature; scores are divided by it")
+    temperature: Scheduled = Field(0.1, description="initial temperature; scores are divided by it")
 
 
 class ScaledLabelledObjective(LabelledObjective, ScaledObjective):

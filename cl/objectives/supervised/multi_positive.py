@@ -5,11 +5,11 @@
     back_k    = logsumexp_i l_ik - 1/|P(k)| sum_{i in P(k)} l_ik
     loss      = f mean_i forward_i + (1 - f) mean_i [ 1/K_i sum_{k of i} back_k ]
 
-Nie et al. 2024, "Improving the Consistency in Cross-Lingual Cross-Modal Retrieval with 1-to-K Contrastive Learning",
-section 3: an anchor (first view) is contrasted with its K_i candidates at once, so that none of them is the pivot,
+Nie et al. 2024, "Improving the Consistency in Cross-Lingual Cross-Modal Retrieval with 1-to-K Contrastive Learning":
+an anchor (first view) is contrasted with its K_i candidates at once, so that none of them is the pivot,
 and each candidate with all anchors. K_i may differ: candidates are the other views, where the sample has them, and
 what `extra` names. With `label`, candidates of the anchor's class are positives too: Yang et al. 2022, "Unified
-Contrastive Learning in Image-Text-Label Space", section 3 (`unicl`), where a sample without a label (below 0) has
+Contrastive Learning in Image-Text-Label Space" (`unicl`), where a sample without a label (below 0) has
 itself. With K = 1 and no label it is symmetric InfoNCE.
 """
 

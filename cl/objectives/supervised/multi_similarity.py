@@ -3,7 +3,7 @@
     loss_i = 1/alpha log( 1 + sum_{p in P(i)} exp(-alpha (s_ip - base)) )
            + 1/beta  log( 1 + sum_{n in N(i)} exp( beta  (s_in - base)) ),                         s_ij = <z_i, z_j>
 
-Wang et al. 2019, "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", section 4. With
+Wang et al. 2019, "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning". With
 `epsilon`, pairs are mined first: a negative stays if it is more alike than the least similar positive - epsilon, a
 positive if it is less alike than the most similar negative + epsilon. Without negatives (or positives) nothing is
 mined and the loss is 0. The mean is over all anchors.

@@ -2,7 +2,7 @@
 
     loss_i = log( 1 + sum_{j : class of j is not that of i} exp( <a_i, b_j> - <a_i, b_i> ) ) + l2/2 (|a_i|^2 + |b_i|^2)
 
-Sohn 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", section 3: the norm is regularised
+Sohn 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective": the norm is regularised
 because a margin could otherwise be bought by length. Without labels every other sample is a negative.
 """
 

@@ -4,7 +4,7 @@ ProxyNCA (`proxy-nca`), with s_ip = <z_i, p> for proxies of length 1 and |z_i - 
 
     loss_i = -log( sum_{p of y_i} exp(2 s_ip / tau) / sum_{p not of y_i} exp(2 s_ip / tau) )
 
-Movshovitz-Attias et al. 2017, "No Fuss Distance Metric Learning using Proxies", section 3; `denominator: all` sums
+Movshovitz-Attias et al. 2017, "No Fuss Distance Metric Learning using Proxies"; `denominator: all` sums
 over all proxies: Teh et al. 2020, "ProxyNCA++", and with one proxy a class the normalised softmax of Zhai and Wu
 2019, "Classification is a Strong Baseline for Deep Metric Learning", at half the temperature.
 
@@ -13,7 +13,7 @@ Proxy anchor (`proxy-anchor`), where the proxies are the anchors:
     loss = 1/|P+| sum_{p in P+} log( 1 + sum_{i of p} exp(-alpha (s_ip - delta)) )
          + 1/|P|  sum_{p}       log( 1 + sum_{i not of p} exp( alpha (s_ip + delta)) )
 
-Kim et al. 2020, "Proxy Anchor Loss for Deep Metric Learning", eq. 4: P+ are the proxies whose class is in the global
+Kim et al. 2020, "Proxy Anchor Loss for Deep Metric Learning": P+ are the proxies whose class is in the global
 batch.
 
 Embeddings of all views count. `per_class` proxies of a class share its samples.
@@ -31,6 +31,7 @@ from torch import Tensor
 from cl.engine.rule import Reductions, Samples, Term, Tile, Tiler, column_lse, row_lse, row_sum
 from cl.engine.side import Side
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.supervised.labelled import PROTOTYPES, LabelledConfig, LabelledObjective, each_anchor
 from cl.objectives.supervised.prototypes import ClassPrototypes
 from cl.objectives.temperature import TemperatureConfig
@@ -67,7 +68,7 @@ class ProxyObjective(LabelledObjective):
 
 
 class ProxyNCAConfig(ProxyConfig, TemperatureConfig):
-    temperature: float = Field(0.11, gt=0, description="initial temperature; squared distances are divided by it")
+    temperature: Scheduled = Field(0.11, description="initial temperature; squared distances are divided by it")
     denominator: Literal["others", "all"] = Field("others", description="whether own proxies are in the denominator")
 
 

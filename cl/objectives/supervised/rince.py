@@ -5,9 +5,9 @@
 Hoffmann et al. 2022, "Ranking Info Noise Contrastive Estimation: Boosting Contrastive Learning via Ranked Positives",
 with the sum over positives inside of the log (RINCE-in). Ranks come from labels with levels: P_1 agrees with the
 anchor on all levels (and holds the sample's own other views), P_r on all but the last r - 1, N on none. A pair of
-each rank must be more alike than all pairs farther away in the taxonomy, which is what HiPrBERT-type systems ask of
-terms. tau_r = tau growth^(r - 1): coarser ranks may be looser. A rank without positives has no loss; with one level
-it is SupCon's `in` form up to the log of the number of positives.
+each rank must be more alike than all pairs farther away in the taxonomy. tau_r = tau growth^(r - 1): coarser ranks may
+be looser. A rank without positives has no loss; with one level it is SupCon's `in` form up to the log of the number of
+positives.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pydantic import Field
 from cl.engine.rule import Reductions, Samples, Term, Tile
 from cl.objectives.base import OBJECTIVES
 from cl.objectives.supervised.hierarchical import HierarchyConfig, HierarchyObjective
+from cl.objectives.supervised.labelled import ScaledLabelledConfig, ScaledLabelledObjective
 
 
-class RinceConfig(HierarchyConfig):
+class RinceConfig(HierarchyConfig, ScaledLabelledConfig):
     growth: float = Field(1.5, ge=1, description="by how much the temperature grows from one rank to the next coarser")
 
 
@@ -29,7 +30,7 @@ class RinceConfig(HierarchyConfig):
     "positives in ranks by their distance in a taxonomy, each nearer than the next",
     paper="Ranking Info Noise Contrastive Estimation: Boosting Contrastive Learning via Ranked Positives",
 )
-class Rince(HierarchyObjective):
+class Rince(HierarchyObjective, ScaledLabelledObjective):
     """See the module's formula. Parameters: the log of the inverse temperature."""
 
     Config = RinceConfig

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from cl.engine.rule import Reductions, Samples, Term, Tile
 from cl.objectives.base import OBJECTIVES
+from cl.objectives.schedule import Scheduled
 from cl.objectives.supervised.labelled import ScaledLabelledConfig, ScaledLabelledObjective, each_anchor
 
 
 class SoftNearestNeighbourConfig(ScaledLabelledConfig):
-    temperature: float = Field(0.5, gt=0, description="initial temperature; squared distances are divided by it")
+    temperature: Scheduled = Field(0.5, description="initial temperature; squared distances are divided by it")
 
 
 @OBJECTIVES.register(

@@ -3,7 +3,7 @@
     tau_i  = tau_min + (tau_max - tau_min) sigmoid(w . e_i + b)
     loss_i = [ logsumexp_j (s_ij - s_ii) / tau_i + rho tau_i ] / 2  for each side's anchors, summed over both
 
-Qiu et al. 2024, "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO", eq. 5: rho tau is
+Qiu et al. 2024, "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO": rho tau is
 what keeps the temperature of the robust objective from growing without bound; the network here is one linear layer a
 side. Qiu et al. 2023 ("Not All Semantics are Created Equal") keep a temperature for each sample as state instead:
 `isogclr`.

@@ -13,7 +13,7 @@ from tests.distributed.references.batch import Batch, Reference
 
 
 def similarity_distillation(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """CLIP-KD, eq. 6: KL of the teacher's softmax over candidates to the student's, each way."""
+    """CLIP-KD: KL of the teacher's softmax over candidates to the student's, each way."""
     keep = ~batch.excluded
     student = parameters["temperature.log_scale"].exp() * batch.views["a"] @ batch.views["b"].T
     teacher = batch.views["a_teacher"] @ batch.views["b_teacher"].T / settings.get("teacher_temperature", 0.07)
@@ -44,7 +44,7 @@ class Past:
 
 
 def seed(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Fang et al. 2021, eq. 3 to 5, with the teacher's whole batch beside its queue."""
+    """Fang et al. 2021, with the teacher's whole batch beside its queue."""
     past = batch.memory.setdefault("past", Past(settings["queue"]))
     alive = batch.weight > 0
     candidates = torch.cat([batch.views["a_teacher"][alive], past.embeddings])
@@ -89,7 +89,7 @@ def contrastive_distillation(batch: Batch, parameters: Mapping[str, Tensor], set
 
 
 def concept_distillation(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """DiHT, section 3.2; CatLIP's binary cross-entropy."""
+    """DiHT; CatLIP's binary cross-entropy."""
     logits = 20 * batch.views["a"] @ parameters["classify.weight"].T + parameters["classify.bias"]
     tags = batch.labels["tags"]
     if settings.get("form") == "binary":
@@ -102,7 +102,7 @@ def concept_distillation(batch: Batch, parameters: Mapping[str, Tensor], setting
 
 
 def similarity_preserving(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Tung and Mori 2019, eq. 4, over pairs of different samples."""
+    """Tung and Mori 2019, over pairs of different samples."""
     out = batch.masked | batch.own
     total = torch.zeros((), dtype=torch.float64)
     targets = settings.get("targets", {"a": "a_teacher"})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cl.engine import randomness
 from tests.distributed.references.batch import Batch, Reference
 from tests.distributed.references.pairwise_kernel import squared
 from tests.distributed.references.pairwise_softmax import scale_of
@@ -129,6 +131,89 @@ def listmle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     return batch.mean(values)
 
 
+def wasserstein(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Yu et al. 2019 on a line: between two neighbouring relevances flows what one side has too much of."""
+    first, second = batch.views.values()
+    logits, losses = scale_of(parameters, settings) * first @ second.T, []
+    for i in range(len(batch)):
+        kept = ~batch.excluded[i]
+        if not kept.any():
+            losses.append(torch.zeros((), dtype=torch.float64))
+            continue
+        y = batch.targets["soft"][i, kept]
+        extra = logits[i, kept].softmax(0) - (y / settings.get("target_temperature", 1.0)).softmax(0)
+        levels = sorted(float(each) for each in y)
+        flows = [extra[y <= low].sum().abs() * (high - low) for low, high in pairwise(levels)]
+        losses.append(sum(flows, torch.zeros((), dtype=torch.float64)))
+    return batch.mean(torch.stack(losses))
+
+
+def wasserstein_gaussian(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Esfandiarpoor et al. 2025: the distance between Gaussians; tr (S T)^(1/2) is a sum of singular values."""
+    first, second = batch.views.values()
+    relevance = batch.targets["soft"] / settings.get("target_temperature", 1.0)
+    alive = batch.weight > 0
+    share = batch.weight[alive] / batch.weight.sum()
+    rows = []
+    for logits in (scale_of(parameters, settings) * first @ second.T, relevance):
+        p = logits.masked_fill(batch.excluded, -torch.inf)[alive].softmax(1)
+        rows.append((share @ p, share.sqrt()[:, None] * (p - share @ p)))
+    (m, x), (n, y) = rows
+    covariances = (x.T @ x).trace() + (y.T @ y).trace() - 2 * torch.linalg.matrix_norm(x @ y.T, ord="nuc")
+    return (m - n).square().sum() + covariances
+
+
+def supremix(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Wu et al. 2023: mixtures one by one; where the lots of the mixtures fall is the counters' business."""
+    names, y, scale = list(batch.views), batch.labels["score"], scale_of(parameters, settings, 0.3)
+    seed, step, keys = settings.get("seed", 0), batch.clock.step, randomness.keys_of(batch.ids)
+    there = {n: batch.present.get(n, torch.ones(len(batch), dtype=torch.bool)) & (batch.weight > 0) for n in names}
+    whole = torch.stack(list(there.values())).all(0)
+    order = sorted((i for i in range(len(batch)) if whole[i]), key=lambda i: (float(y[i]), int(keys[i])))
+    window, (a, b) = settings.get("window", 1.0), settings.get("beta", (2, 8))
+
+    def lot(stream: int, *counters: Tensor) -> Tensor:
+        return randomness.uniform(seed + stream, step, *counters, dtype=torch.float64)
+
+    anchors = [(name, i) for name in names for i in range(len(batch))]
+    embedding = {(name, i): batch.views[name][i] for name, i in anchors}
+    losses = {name: torch.zeros(len(batch), dtype=torch.float64) for name in names}
+    valid = {name: torch.zeros(len(batch), dtype=torch.bool) for name in names}
+    for name, i in anchors:
+        if not there[name][i]:
+            continue
+        z, denominator, positives = embedding[name, i], [], []
+        for other, j in anchors:
+            if (other, j) == (name, i) or not there[other][j] or (j != i and batch.content[i] == batch.content[j]):
+                continue
+            logit, gap = scale * z @ embedding[other, j], (y[i] - y[j]).abs()
+            denominator.append(logit + (1 + gap).log() * settings.get("magnify", True))
+            if gap == 0:
+                positives.append(logit)
+            elif settings.get("mix_negatives", True):
+                chances = torch.stack([lot(2 + p, keys[i], keys[j]) for p in range(a)])
+                # the a-th smallest of n even numbers, from the ratios of successive ones
+                share = 1 - (chances.neg().add(1) ** (1 / (a + b - 1 - torch.arange(a, dtype=torch.float64)))).prod()
+                mixed = share * z + (1 - share) * embedding[other, j]
+                weight = 1 + (y[i] - (share * y[i] + (1 - share) * y[j])).abs()
+                denominator.append(scale * z @ mixed + weight.log() * settings.get("magnify", True))
+        below = [j for j in order if y[i] - window < y[j] < y[i]]
+        above = [k for k in order if y[i] < y[k] < y[i] + window]
+        for m in range(settings.get("mixtures", 4) if below and above else 0):
+            stream = torch.tensor(m)
+            j = below[int(lot(0, keys[i], stream, torch.tensor(0)) * len(below))]
+            k = above[int(lot(0, keys[i], stream, torch.tensor(1)) * len(above))]
+            part = (y[k] - y[i]) / (y[k] - y[j])
+            for other in names:
+                logit = scale * z @ (part * embedding[other, j] + (1 - part) * embedding[other, k])
+                positives.append(logit)
+                denominator.append(logit)
+        if positives:
+            losses[name][i] = torch.stack(denominator).logsumexp(0) - torch.stack(positives).mean()
+            valid[name][i] = True
+    return sum((batch.mean(losses[name], valid[name]) for name in names), torch.zeros(())) / len(names)
+
+
 def ascl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Feng and Patras 2022, section III, on the batch in the place of the queue."""
     first, second = list(batch.views.values())[:2]
@@ -148,7 +233,7 @@ def ascl(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def groco(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Shvetsova et al. 2023, section 3: an odd-even network with Cauchy comparators, sample by sample, on matrices."""
+    """Shvetsova et al. 2023: an odd-even network with Cauchy comparators, sample by sample, on matrices."""
     names, k, steep = list(batch.views), settings.get("negatives", 10), settings.get("steepness", 1.0)
     present = torch.stack([batch.present.get(n, torch.ones(len(batch), dtype=torch.bool)) for n in names]).all(0)
     total = torch.zeros((), dtype=torch.float64)
@@ -208,7 +293,7 @@ def angle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def score_regression(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Reimers and Gurevych 2019, section 3; with a learnt line, Barkan et al. 2020."""
+    """Reimers and Gurevych 2019; with a learnt line, Barkan et al. 2020."""
     first, second = batch.views.values()
     score = torch.nn.functional.cosine_similarity(first, second)
     if settings.get("affine"):
@@ -229,6 +314,23 @@ def icon(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
             return -squared(x, y) * scale / 2
         return (1 + squared(x, y) * scale / nu).pow(-(nu + 1) / 2).log()
 
+    return neighbourhoods(batch, score, settings)
+
+
+def icon_cluster(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """The same with q from a cluster of the anchor and a member of it."""
+    scale, directions = scale_of(parameters, settings), normalize(parameters["directions"], dim=1)
+    alive = batch.weight > 0
+
+    def shares(view: Tensor) -> Tensor:
+        return (scale * view @ directions.T).softmax(1)
+
+    members = sum(shares(view)[alive].sum(0) for view in list(batch.views.values())[:2])
+    return neighbourhoods(batch, lambda x, y: ((shares(x) / members) @ shares(y).T).log(), settings)
+
+
+def neighbourhoods(batch: Batch, score: Any, settings: Settings) -> Tensor:
+    """The cross-entropy of the given p and the softmax of `score`."""
     kind = settings.get("p", "pairs")
     if kind == "pairs":
         affinity = torch.eye(len(batch), dtype=torch.float64)
@@ -255,6 +357,24 @@ def icon(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 TEACHERS = ("a", "b", "a_teacher", "b_teacher")
 REFERENCES: dict[str, Reference] = {
+    "i-con-cluster": Reference(
+        icon_cluster,
+        [
+            {"clusters": 4, "temperature": 0.5},
+            {"clusters": 5, "temperature": 0.3, "p": "neighbours", "k": 3, "uniform": 0.2},
+            {"clusters": 4, "temperature": 0.3, "p": "labels", "same_side": True},
+        ],
+        views=TEACHERS,
+    ),
+    "wasserstein": Reference(wasserstein, [{"temperature": 0.2}, {"temperature": 0.5, "target_temperature": 0.1}]),
+    "wasserstein-gaussian": Reference(
+        wasserstein_gaussian, [{"temperature": 0.2}, {"temperature": 0.5, "target_temperature": 0.1}], tolerance=1e-8
+    ),
+    "supremix": Reference(
+        supremix,
+        [{"mixtures": 2}, {"magnify": False, "beta": (1, 3), "window": 0.4, "mixtures": 3}],
+        views=("a", "b"),
+    ),
     "soft-targets": Reference(soft_targets, [{}, {"own_share": 0.4, "direction": "forward"}]),
     "soft-labels": Reference(soft_labels, [{"own_share": 0.5}, {"label_temperature": 0.1, "same_side": True}]),
     "y-aware": Reference(y_aware, [{"own_share": 0.5}, {"label": "vector", "sigma": 0.5, "same_side": True}]),

@@ -47,7 +47,7 @@ def clip(batch: Batch, temper: Tensor, first: Tensor, second: Tensor, names: tup
 
 
 def pairwise(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Tian et al. 2020, section 3.3."""
+    """Tian et al. 2020."""
     names = list(batch.views)
     pairs = (
         list(combinations(names, 2)) if settings.get("graph", "full") == "full" else [(names[0], n) for n in names[1:]]
@@ -59,7 +59,7 @@ def pairwise(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor
 
 
 def three_towers(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Kossen et al. 2023, section 3."""
+    """Kossen et al. 2023."""
     f, g, h = batch.views.values()
 
     def project(layer: str, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def mv_dhel(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def poly_view(batch: Batch, parameters: Parameters, how: str) -> Tensor:
-    """Shidani et al. 2024, section 2."""
+    """Shidani et al. 2024."""
     names, temper = list(batch.views), scale(parameters)
     rest = {
         v: sum(
@@ -133,7 +133,7 @@ def poly_view_arithmetic(batch: Batch, parameters: Parameters, settings: Setting
 
 
 def poly_view_sufficient(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Shidani et al. 2024, section 2: the mean of the other views is the query."""
+    """Shidani et al. 2024: the mean of the other views is the query."""
     names, temper = list(batch.views), scale(parameters)
     parts = []
     for u in names:
@@ -148,7 +148,7 @@ def poly_view_sufficient(batch: Batch, parameters: Parameters, settings: Setting
 
 
 def symile(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Saporta et al. 2024, section 3, every anchor and every tuple one by one."""
+    """Saporta et al. 2024, every anchor and every tuple one by one."""
     views = dict(batch.views)
     if settings.get("missing", "skip") == "learnt":
         complete = batch.weight > 0
@@ -190,7 +190,7 @@ def symile(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def late(batch: Batch, parameters: Parameters, pool: str, both: bool) -> Tensor:
-    """Yao et al. 2021, eq. 3 to 6; Khattab and Zaharia 2020, eq. 3: one pair of samples at a time."""
+    """Yao et al. 2021; Khattab and Zaharia 2020: one pair of samples at a time."""
     (first, x), (second, y) = batch.views.items()
     count = len(batch)
 
@@ -219,7 +219,7 @@ def colbert(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def mil_nce(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Miech et al. 2020, eq. 1: bags one by one."""
+    """Miech et al. 2020: bags one by one."""
     (anchor, x), *others = batch.views.items()
     texts = [value for _, value in others]
     of = [torch.arange(len(batch))] * len(others)
@@ -251,7 +251,7 @@ def mil_nce(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def gram(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Cicchetti et al. 2025, section 3: the determinant of every tuple's Gram matrix."""
+    """Cicchetti et al. 2025: the determinant of every tuple's Gram matrix."""
     names, count = settings.get("views", list(batch.views)), len(batch)
     anchor, *others = (batch.views[name] for name in names)
     rows = anchor[:, None].expand(count, count, -1)

@@ -46,7 +46,7 @@ def sides(loss: Any) -> Any:
 
 
 def reweighted(defaults: Settings) -> Any:
-    """Robinson et al. 2021, eq. 4, and what it becomes for beta = 0 (Chuang et al. 2020, eq. 8) and for DiHT, eq. 6."""
+    """Robinson et al. 2021, and what it becomes for beta = 0 (Chuang et al. 2020) and for DiHT."""
 
     def loss(batch: Batch, scale: Tensor, settings: Settings, anchor: str, other: str) -> tuple[Tensor, Tensor]:
         settings = {
@@ -98,7 +98,7 @@ def false_negatives(batch: Batch, settings: Settings, anchor: str, other: str) -
 def elimination(
     batch: Batch, scale: Tensor, settings: Settings, anchor: str, other: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Huynh et al. 2022, eq. 3."""
+    """Huynh et al. 2022."""
     scores, negatives = scored(batch, anchor, other, settings.get("same_side", False))
     keep = negatives & ~false_negatives(batch, settings, anchor, other)
     keep[:, : len(batch)] |= batch.own
@@ -108,7 +108,7 @@ def elimination(
 def attraction(
     batch: Batch, scale: Tensor, settings: Settings, anchor: str, other: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Huynh et al. 2022, eq. 4."""
+    """Huynh et al. 2022."""
     scores, candidates = scored(batch, anchor, other, settings.get("same_side", False))
     positives = false_negatives(batch, settings, anchor, other)
     positives[:, : len(batch)] |= batch.own
@@ -151,7 +151,7 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def dclr(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Zhou et al. 2022, eqs. 3 to 7; the gradient of the non-uniformity loss by autograd."""
+    """Zhou et al. 2022; the gradient of the non-uniformity loss by autograd."""
     first, second = batch.views["a"], batch.views["b"]
     scale, count = scale_of(parameters), settings["noise"]
     noise = randomness.normal(
@@ -215,7 +215,7 @@ def momentum(loss: Any) -> Any:
 
 
 def mochi(batch: Batch, queue: Memory, query: Tensor, key: Tensor, direction: int, settings: Settings) -> Tensor:
-    """Kalantidis et al. 2020, section 4."""
+    """Kalantidis et al. 2020."""
     scale = constant_scale(settings.get("temperature", 0.2))
     mixed, with_query = settings["mixed"], settings["mixed_with_query"]
     values = []
@@ -244,7 +244,7 @@ def mochi(batch: Batch, queue: Memory, query: Tensor, key: Tensor, direction: in
 def feature_transformation(
     batch: Batch, queue: Memory, query: Tensor, key: Tensor, direction: int, settings: Settings
 ) -> Tensor:
-    """Zhu et al. 2021, sections 3.2 and 3.3, on the features themselves."""
+    """Zhu et al. 2021, on the features themselves."""
     scale = constant_scale(0.07)
     size, step = settings["queue"], batch.clock.step
     places = torch.arange(size)
@@ -271,7 +271,7 @@ def feature_transformation(
 
 
 def mixup(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Lee et al. 2021, eq. 5, on embeddings."""
+    """Lee et al. 2021, on embeddings."""
     first, second = batch.views["a"], batch.views["b"]
     key = keys(batch)
     share = beta_of(settings.get("beta", 1), 0, batch, key)

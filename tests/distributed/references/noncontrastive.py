@@ -89,16 +89,21 @@ def vicreg(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str
 
 
 def w_mse(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Ermolov et al. 2021, eq. 3 and 5: the inverse Cholesky factor itself, applied to both views."""
-    weight = kept_weight(batch).repeat(2)
-    both = torch.cat(projected(batch, parameters))
-    centred = both - average(both, weight)
-    covariance = (weight[:, None] * centred).T @ centred / (weight.sum() - 1)
+    """Ermolov et al. 2021: the inverse Cholesky factor itself, applied to each view or to both."""
     eps = settings.get("eps", 1e-3)
-    factor = torch.linalg.cholesky((1 - eps) * covariance + eps * torch.eye(len(covariance), dtype=both.dtype))
-    white = normalize(centred @ torch.linalg.inv(factor).T, dim=1)
-    first, second = white.chunk(2)
-    return average(((first - second) ** 2).sum(1), kept_weight(batch))
+
+    def white(rows: Tensor, weight: Tensor) -> Tensor:
+        centred = rows - average(rows, weight)
+        covariance = (weight[:, None] * centred).T @ centred / (weight.sum() - 1)
+        factor = torch.linalg.cholesky((1 - eps) * covariance + eps * torch.eye(len(covariance), dtype=rows.dtype))
+        return normalize(centred @ torch.linalg.inv(factor).T, dim=1)
+
+    views, weight = projected(batch, parameters), kept_weight(batch)
+    if settings.get("apart", True):
+        first, second = (white(view, weight) for view in views)
+    else:
+        first, second = white(torch.cat(views), weight.repeat(2)).chunk(2)
+    return average(((first - second) ** 2).sum(1), weight)
 
 
 def whitened(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
@@ -186,7 +191,7 @@ def dino(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, 
 
 
 def distance_correlation(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Szekely et al. 2007, definitions 2 to 4, with weights: double centring by plain means of a row, weighted over
+    """Szekely et al. 2007, with weights: double centring by plain means of a row, weighted over
     rows.
     """
     weight = kept_weight(batch) / kept_weight(batch).sum()

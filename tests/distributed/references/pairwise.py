@@ -33,17 +33,15 @@ def siglip(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str
 
 def dcl(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
     """Yeh et al. 2022, eq. 6: the sum over negatives alone; samples without negatives take no part in the mean."""
-    first, second = batch.views.values()
-    scores = parameters["temperature.log_scale"].exp() * first @ second.T
-    negatives = scores.masked_fill(batch.excluded | batch.own, -torch.inf)
-    loss = torch.zeros((), dtype=scores.dtype)
-    dims = [1, 0] if settings.get("direction", "both") == "both" else [1]
-    for dim in dims:
-        rest = negatives.logsumexp(dim)
+    views = list(batch.views.values())
+    scale = parameters["temperature.log_scale"].exp()
+    loss = torch.zeros((), dtype=torch.float64)
+    directions = [views, views[::-1]] if settings.get("direction", "both") == "both" else [views]
+    for anchor, other in directions:
+        scores = [scale * anchor @ view.T for view in ((other, anchor) if settings.get("same_side") else (other,))]
+        rest = torch.cat([each.masked_fill(batch.not_negative, -torch.inf) for each in scores], 1).logsumexp(1)
         some = rest > -torch.inf
-        weight = batch.weight * some
-        terms = rest.where(some, 0) - scores.diagonal()
-        loss = loss + (weight * terms).sum() / weight.sum().clamp_min(1e-30) / len(dims)
+        loss = loss + batch.mean(rest.where(some, 0) - scores[0].diagonal(), some) / len(directions)
     return loss
 
 
@@ -62,7 +60,7 @@ def ntxent(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str
 
 REFERENCES: dict[str, Reference] = {
     "infonce": Reference(infonce, [{}, {"direction": "forward"}, {"direction": "backward"}]),
-    "dcl": Reference(dcl, [{}, {"direction": "forward"}]),
+    "dcl": Reference(dcl, [{}, {"direction": "forward"}, {"same_side": True}]),
     "ntxent": Reference(ntxent),
     "siglip": Reference(siglip),
 }

@@ -19,7 +19,7 @@ def ids_of(batch: Batch) -> Ids:
 
 
 def gamma_of(batch: Batch, settings: Mapping[str, Any]) -> float:
-    """Wei et al. 2024, section 5.1."""
+    """Wei et al. 2024."""
     gamma, decay = settings["gamma"], settings["gamma_decay_epochs"]
     if settings["gamma_schedule"] == "constant" or batch.clock.epoch >= decay:
         return gamma
@@ -89,7 +89,7 @@ def global_contrastive(
 
 
 def fastclip_v0(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Wei et al. 2024, algorithm 1: the temperature's gradient is that of the unscaled loss."""
+    """Wei et al. 2024: the temperature's gradient is that of the unscaled loss."""
     return global_contrastive(batch, parameters["temperature.log_scale"].exp(), {**DEFAULTS, **settings})[0]
 
 
@@ -98,7 +98,7 @@ def fastclip_v1(batch: Batch, parameters: Mapping[str, Tensor], settings: Mappin
 
 
 def sogclr(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Yuan et al. 2022, algorithm 1."""
+    """Yuan et al. 2022."""
     settings = {**DEFAULTS, "gamma": 0.8, "gamma_schedule": "constant", **settings}
     return global_contrastive(batch, constant_scale(0.03), settings)[0]
 

@@ -109,7 +109,7 @@ def sincere(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def soft_nearest_neighbour(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Frosst et al. 2019, eq. 1."""
+    """Frosst et al. 2019."""
     s = stack(batch)
     near = (-scale(parameters) * (s.anchors[:, None] - s.candidates).square().sum(2)).exp()
     positives = s.counts & s.of_class(batch.labels["class"])
@@ -119,7 +119,7 @@ def soft_nearest_neighbour(batch: Batch, parameters: Parameters, settings: Setti
 
 
 def multi_positive(batch: Batch, parameters: Parameters, settings: Settings, label: str | None = None) -> Tensor:
-    """Nie et al. 2024, section 3; Yang et al. 2022, section 3: soft targets over all right candidates, both ways."""
+    """Nie et al. 2024; Yang et al. 2022: soft targets over all right candidates, both ways."""
     label = settings.get("label", label)
     anchors, *others = batch.views.values()
     texts, of = torch.cat(others), torch.arange(len(batch)).repeat(len(others))
@@ -287,6 +287,23 @@ def multi_similarity(batch: Batch, parameters: Parameters, settings: Settings) -
     return s.mean(batch, pull + push, (batch.weight > 0)[s.sample])
 
 
+def hiprbert(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
+    """Cai et al. 2023: multi-similarity on each level, whose base grows with the level."""
+    s = stack(batch)
+    scores = s.anchors @ s.candidates.T
+    labels = batch.labels["levels"]
+    count = labels.shape[1]
+    alpha, beta = settings.get("alpha", 2.0), settings.get("beta", 50.0)
+    losses = torch.zeros(len(scores), dtype=torch.float64)
+    for level in range(count):
+        base = settings["bases"][level] if "bases" in settings else (level + 1) / (count + 1)
+        shared = (labels[:, None, : level + 1] == labels[None, :, : level + 1]).all(2)[s.sample][:, s.of] | s.own
+        pull = (1 + total((-alpha * (scores - base)).exp(), s.counts & shared)).log() / alpha
+        push = (1 + total((beta * (scores - base)).exp(), s.counts & ~shared)).log() / beta
+        losses = losses + (pull + push) / count
+    return s.mean(batch, losses, (batch.weight > 0)[s.sample])
+
+
 def circle(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
     """Sun et al. 2020, eq. 6."""
     s = stack(batch)
@@ -327,7 +344,7 @@ def proxy_nca(batch: Batch, parameters: Parameters, settings: Settings) -> Tenso
 
 
 def proxy_anchor(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Kim et al. 2020, eq. 4."""
+    """Kim et al. 2020."""
     proxies = normalize(parameters["proxies.vectors"], dim=1)
     kind = torch.arange(len(proxies)) // settings.get("per_class", 1)
     points, label = torch.cat(list(batch.views.values())), batch.labels["class"].repeat(len(batch.views))
@@ -368,7 +385,7 @@ def arcface(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
 
 
 def gated_subspaces(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor:
-    """Wu et al. 2024, section 3: every candidate through the gate of every anchor."""
+    """Wu et al. 2024: every candidate through the gate of every anchor."""
     label = batch.labels[settings.get("label", "class")].view(len(batch), -1)
     mean = parameters["vectors.weight"][label].mean(1)
     hidden = linear(mean, parameters["gate.0.weight"], parameters["gate.0.bias"]).relu()
@@ -413,6 +430,7 @@ REFERENCES: dict[str, Reference] = {
     "paco": Reference(paco, [{"classes": 9}, {"classes": 4, "alpha": 0.7}]),
     "kcl": Reference(kcl, [{"k": 2, "seed": 3}, {"k": 0}]),
     "multi-similarity": Reference(multi_similarity, [{}, {"epsilon": None, "beta": 10.0}]),
+    "hiprbert": Reference(hiprbert, [{}, {"bases": [-0.2, 0.6], "alpha": 5.0, "beta": 10.0}]),
     "circle": Reference(circle, [{}, {"gamma": 20.0, "margin": 0.4}]),
     "npair": Reference(npair, [{}, {"label": None, "l2": 0.1}]),
     "proxy-nca": Reference(proxy_nca, [{"classes": 9}, {"classes": 4, "per_class": 2, "denominator": "all"}]),

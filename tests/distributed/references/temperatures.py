@@ -29,7 +29,7 @@ def per_side(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[s
 
 
 def per_sample(batch: Batch, parameters: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """Qiu et al. 2024, eq. 5, over both sides' anchors."""
+    """Qiu et al. 2024, over both sides' anchors."""
     first, second = batch.views.values()
     scores = first @ second.T
     losses = torch.zeros(len(batch), dtype=torch.float64)

@@ -58,6 +58,7 @@ class Clusters(KeyedStage):
     version: ClassVar[int] = 2
     seeded: ClassVar[bool] = True
     sends: ClassVar[tuple[str, ...]] = ("sizes",)
+    last: ClassVar[str] = "centroids"  # the stream with the centroids after all rounds over the corpus
     result: ClassVar[str] = "centroids"
 
     count: int = Field(100, ge=1, description="clusters; not more than there are rows")
@@ -83,7 +84,7 @@ class Clusters(KeyedStage):
 
     def centroids_stream(self, number: int) -> str:
         """The stream with the centroids after so many rounds over the corpus."""
-        return self.result if number == self.full else f"centroids-{number}"
+        return self.last if number == self.full else f"centroids-{number}"
 
     def rounds(self) -> list[Round]:
         out = [
@@ -120,7 +121,7 @@ class Clusters(KeyedStage):
         table = inbox.streams["sample"]
         if inbox.task:
             none = np.zeros((0, table["point"].type.list_size), np.float32)
-            return {self.centroids_stream(0): to_everyone(_centroids(np.zeros(0, int), np.zeros(0, int), none))}
+            return {self.centroids_stream(0): to_everyone(centroid_table(np.zeros(0, int), np.zeros(0, int), none))}
         if table.num_rows < self.count:
             raise DataError(
                 f"Stage {self.name!r} is to find {self.count} clusters, but only {table.num_rows} rows are left."
@@ -133,7 +134,7 @@ class Clusters(KeyedStage):
             start = seeds(points[: max(SEED_POINTS * self.count, 1)], self.count, rng)
             centroids, sizes = kmeans(points, start, self.iterations, self.spherical)
         found = np.arange(self.count)
-        return {self.centroids_stream(0): to_everyone(_centroids(found, np.maximum(sizes, 1), centroids))}
+        return {self.centroids_stream(0): to_everyone(centroid_table(found, np.maximum(sizes, 1), centroids))}
 
     def read_centroids(self, table: pa.Table) -> np.ndarray:
         """float32 [count, D]: the centroids of a stream; those of clusters without rows are put beside others."""
@@ -168,7 +169,7 @@ class Clusters(KeyedStage):
         np.add.at(total, place, matrix(table["sum"]))
         sizes = np.zeros(len(cluster), np.int64)
         np.add.at(sizes, place, table["size"].to_numpy())
-        return {after: to_everyone(_centroids(cluster, sizes, centres(total, sizes, self.spherical)))}
+        return {after: to_everyone(centroid_table(cluster, sizes, centres(total, sizes, self.spherical)))}
 
     def assigned(self, rows: Rows, centroids: np.ndarray) -> dict[str, Any]:
         """The columns `cluster` and `cluster_distance` of rows."""
@@ -185,7 +186,7 @@ class Clusters(KeyedStage):
         return Output(self.assigned(rows, self.read_centroids(reduced)))
 
 
-def _centroids(cluster: np.ndarray, sizes: np.ndarray, centroids: np.ndarray) -> pa.Table:
+def centroid_table(cluster: np.ndarray, sizes: np.ndarray, centroids: np.ndarray) -> pa.Table:
     """What a stream of centroids holds: number, size and centroid, float32 [c, D]."""
     columns = [pa.array(cluster, pa.int64()), pa.array(sizes, pa.int64()), vector_list(centroids)]
     return pa.table(columns, names=["cluster", "size", "centroid"])

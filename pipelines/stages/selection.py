@@ -55,7 +55,7 @@ class Groups:
     Attributes:
         group: int64 [g].
         size: int64 [g], its rows.
-        above: name -> int64 [g], what else is known of a group (`Selection.above`).
+        above: name -> int64 [g], what else is known of a group.
     """
 
     group: np.ndarray
@@ -78,7 +78,10 @@ class Selection(KeyedStage):
 
     sends: ClassVar[tuple[str, ...]] = ("keys",)
     result: ClassVar[str] = "cuts"
-    above: ClassVar[tuple[str, ...]] = ()  # columns of `keys` beside KEYS: numbers that are the same in a whole group
+
+    def above(self) -> tuple[str, ...]:
+        """Columns of `keys` beside KEYS: numbers that are the same in a whole group."""
+        return ()
 
     def digits(self) -> Digits:
         """The digits that are counted."""
@@ -93,7 +96,7 @@ class Selection(KeyedStage):
     ) -> Streams:
         """What `partial` sends: the keys of rows that take part (bool [n]; None: all), with the columns `above`."""
         columns = [keys.group, keys.key, keys.ids[:, 0], keys.ids[:, 1], *above]
-        table = pa.table([pa.array(values) for values in columns], names=[*KEYS.names, *self.above])
+        table = pa.table([pa.array(values) for values in columns], names=[*KEYS.names, *self.above()])
         to = (keys.ids[:, 0] % np.uint64(partitions)).astype(np.int64)
         if taking_part is not None:
             table, to = table.filter(pa.array(taking_part)), to[taking_part]
@@ -147,7 +150,7 @@ class Selection(KeyedStage):
         out = {f"counts-{level}": Routed(table, owner(of, inbox.partitions))}
         if not level:
             _, first, size = np.unique(place, return_index=True, return_counts=True)
-            above = {name: keys[name].to_numpy()[first] for name in self.above}
+            above = {name: keys[name].to_numpy()[first] for name in self.above()}
             sizes = pa.table({"group": group, "size": size, **above})
             out["sizes"] = Routed(sizes, owner(group, inbox.partitions))
         return out
@@ -157,7 +160,7 @@ class Selection(KeyedStage):
         group, first, place = np.unique(table["group"].to_numpy(), return_index=True, return_inverse=True)
         size = np.zeros(len(group), np.int64)
         np.add.at(size, place, table["size"].to_numpy())
-        above = {name: table[name].to_numpy()[first] for name in self.above}
+        above = {name: table[name].to_numpy()[first] for name in self.above()}
         return {"totals": to_everyone(pa.table({"group": group, "size": size, **above}))}
 
     def _cut(self, level: int, cuts: str | None, inbox: Inbox) -> Streams:
@@ -193,7 +196,7 @@ class Selection(KeyedStage):
         """Groups of which some rows stay, nothing known of the last one unless all stay."""
         totals = inbox.streams["totals"].sort_by("group")
         size = totals["size"].to_numpy()
-        above = {name: totals[name].to_numpy() for name in self.above}
+        above = {name: totals[name].to_numpy() for name in self.above()}
         quota = np.minimum(self.quotas(Groups(totals["group"].to_numpy(), size, above)), size)
         word = np.where(quota == size, ALL, np.uint64(0))
         cuts = pa.table([totals["group"], word, word, word, np.where(quota == size, 0, quota)], schema=CUTS)

@@ -90,10 +90,15 @@ def decode(data: bytes) -> np.ndarray:
                 return simplejpeg.decode_jpeg(data, "RGB", False, False, SHORT_SIDE, SHORT_SIDE, 1.0, strict=True)
         except ValueError as error:
             raise UndecodableError(" ".join(str(error).split())) from error
-    return _decode_any(data)
+    return decode_whole(data)
 
 
-def _decode_any(data: bytes) -> np.ndarray:
+def decode_whole(data: bytes) -> np.ndarray:
+    """Pixels of an encoded image in its own size, uint8 [H, W, 3], transparent parts on white.
+
+    Raises:
+        UndecodableError: truncated, damaged, or larger than `MAX_PIXELS`.
+    """
     from PIL import Image
 
     try:

@@ -75,6 +75,10 @@ class Encoder:
                 yield self._encode(view, pixels)
                 batch = []
 
+    def pictures(self, data: list[bytes]) -> np.ndarray:
+        """float16 [B, D]: the embeddings of one batch of encoded images that can be decoded."""
+        return self._encode("image", self.inputs.images("image", data))
+
     def _encode(self, view: str, inputs: Any) -> np.ndarray:
         """float16 [B, D], each row of length 1."""
         import torch

@@ -1,8 +1,8 @@
 """Rows of a cluster whose embeddings are nearly the same: SemDeDup (Abbas et al. 2023).
 
 Within each cluster rows are taken from the farthest to the centre to the nearest (or in another order), ties by id. A
-row whose cosine to an earlier one exceeds 1 - epsilon is dropped. The paper compares with every earlier row, dropped ones
-included, so that chains of likenesses can empty a region; the default here compares with kept rows alone.
+row whose cosine to an earlier one exceeds 1 - epsilon is dropped. The paper compares with every earlier row, dropped
+ones included, so that chains of likenesses can empty a region; the default here compares with kept rows alone.
 """
 
 from __future__ import annotations

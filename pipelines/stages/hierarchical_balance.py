@@ -1,6 +1,6 @@
 """Balanced sampling over a hierarchy of clusters: on each level, what is common is thinned out.
 
-Vo et al. 2024, section 3.3: the target is shared among the clusters of the highest level, each of n rows getting
+Vo et al. 2024: the target is shared among the clusters of the highest level, each of n rows getting
 min(n, c) with c such that the sum is the target; the share of a cluster is shared in the same way among the clusters
 in it, and so on. Of the lowest clusters so many rows stay, by a keyed hash of the id, or the closest to the centre.
 Where c does not come out even, the clusters with the smallest numbers get one more; exactly the target is kept.

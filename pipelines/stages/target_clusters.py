@@ -1,8 +1,8 @@
 """Clusters that a target set falls into: keep what lies near samples of the kind that a model is wanted for.
 
-Gadre et al. 2023, "DataComp: In search of the next generation of multimodal datasets", section 3.3 (image-based
-filtering): the pool's embeddings are clustered (100,000 clusters), each target sample (ImageNet's training images) is
-assigned to its nearest centroid, and the clusters stay to which at least one was.
+Gadre et al. 2023, "DataComp: In search of the next generation of multimodal datasets" (image-based filtering): the
+pool's embeddings are clustered (100,000 clusters), each target sample (ImageNet's training images) is assigned to its
+nearest centroid, and the clusters stay to which at least one was.
 """
 
 from __future__ import annotations

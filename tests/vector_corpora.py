@@ -16,21 +16,26 @@ from tests.curation_corpora import text_corpus
 
 
 def vector_corpus(
-    root: Path, vectors: Mapping[str, np.ndarray], cuts: Sequence[int] = (), **columns: Sequence[Any]
+    root: Path,
+    vectors: Mapping[str, np.ndarray],
+    cuts: Sequence[int] = (),
+    ids: Sequence[str] | None = None,
+    **columns: Sequence[Any],
 ) -> Corpus:
     """A text corpus with columns: vectors [n, D] in float16, and plain ones; cut into fragments at `cuts`.
 
-    The ids of the rows do not depend on the cuts.
+    The ids of the rows do not depend on the cuts; by default they are those of `row_id`.
     """
     count = len(next(iter([*vectors.values(), *columns.values()])))
     texts = [(f"anchor {row}", f"positive {row}") for row in range(count)]
+    ids = ids or [row_id(row) for row in range(count)]
     bounds = list(zip([0, *cuts], [*cuts, count], strict=True))
     text_corpus(root, [texts[start:end] for start, end in bounds])
     for number, (start, end) in enumerate(bounds):
         path = root / "samples" / f"{number:05d}.parquet"
         table = pq.read_table(path).drop_columns(["id", "key"])
         keys = [str(row) for row in range(start, end)]
-        table = table.append_column("id", pa.array([row_id(row) for row in range(start, end)], pa.string()))
+        table = table.append_column("id", pa.array(ids[start:end], pa.string()))
         table = table.append_column("key", pa.array(keys, pa.string()))
         for name, points in vectors.items():
             table = table.append_column(name, vector_array(points[start:end]))

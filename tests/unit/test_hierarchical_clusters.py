@@ -46,11 +46,11 @@ def count(tree: Any) -> int:
 
 
 def test_quotas_of_a_tree_are_those_of_the_recursion() -> None:
-    tree = [[[5, 1], [9]], [[2, 2, 30]], [[1], [1, 1], [40]]]
-    sizes = np.array([5, 1, 9, 2, 2, 30, 1, 1, 1, 40])
+    tree = [[[5, 4], [9]], [[2, 2, 30]], [[1], [1, 1], [40]]]
+    sizes = np.array([5, 4, 9, 2, 2, 30, 1, 1, 1, 40])
     top, middle = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2]), np.array([0, 0, 1, 2, 2, 2, 3, 4, 4, 5])
-    for target in (0, 1, 7, 20, 45, 92, 200):
-        assert tree_quotas(sizes, [top, middle], target).tolist() == sampled(tree, min(target, 92))
+    for target in (0, 1, 7, 20, 45, 95, 200):
+        assert tree_quotas(sizes, [top, middle], target).tolist() == sampled(tree, min(target, 95))
 
 
 def test_rows_are_sampled_over_the_hierarchy(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ GAP = 64 * 1024  # bytes between two ranges that are cheaper to read over than t
 READ = 16 * 1024 * 1024  # bytes of one read at most, unless a single image is larger
 SHORT_SIDE = 128  # pixels: pixel stages get images at the smallest JPEG scale whose short side is at least this
 MAX_PIXELS = 100_000_000  # decoded: more is a decompression bomb
+MISSING_BYTES = "the shard ends before its bytes"  # what is wrong with an image that is None
 
 
 class UndecodableError(Exception):

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from cl.corpus import VIEWS, Kind
 from cl.errors import ConfigError
+from pipelines.heavy import MISSING_BYTES
 from pipelines.stages.base import Output, Rows, RowStage, Stage, vector_array
 from pipelines.stages.registry import STAGES
 
@@ -64,7 +65,7 @@ class Encoder:
         batch: list[bytes] = []
         for row, data in enumerate(rows.images()):
             if data is None:
-                broken[row] = "the shard ends before its bytes"
+                broken[row] = MISSING_BYTES
             batch.append(data or b"")
             if len(batch) == size or row == len(rows) - 1:
                 failures: dict[int, str] = {}

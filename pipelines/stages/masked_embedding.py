@@ -23,8 +23,7 @@ from pydantic import Field
 
 from cl.corpus import Kind
 from pipelines.detectors.registry import TEXT_DETECTORS
-from pipelines.heavy import UndecodableError, decode_whole
-from pipelines.run_steps import MISSING_BYTES
+from pipelines.heavy import MISSING_BYTES, UndecodableError, decode_whole
 from pipelines.stages.base import Output, Rows, reasons, vector_array
 from pipelines.stages.embedding import IMAGE_COLUMNS, Embedding, Encoder
 from pipelines.stages.registry import STAGES

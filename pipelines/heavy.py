@@ -20,6 +20,7 @@ GAP = 64 * 1024  # bytes between two ranges that are cheaper to read over than t
 READ = 16 * 1024 * 1024  # bytes of one read at most, unless a single image is larger
 SHORT_SIDE = 128  # pixels: pixel stages get images at the smallest JPEG scale whose short side is at least this
 MAX_PIXELS = 100_000_000  # decoded: more is a decompression bomb
+MISSING_BYTES = "the shard ends before its bytes"  # what is wrong with an image that is None
 
 
 class UndecodableError(Exception):
@@ -90,10 +91,15 @@ def decode(data: bytes) -> np.ndarray:
                 return simplejpeg.decode_jpeg(data, "RGB", False, False, SHORT_SIDE, SHORT_SIDE, 1.0, strict=True)
         except ValueError as error:
             raise UndecodableError(" ".join(str(error).split())) from error
-    return _decode_any(data)
+    return decode_whole(data)
 
 
-def _decode_any(data: bytes) -> np.ndarray:
+def decode_whole(data: bytes) -> np.ndarray:
+    """Pixels of an encoded image in its own size, uint8 [H, W, 3], transparent parts on white.
+
+    Raises:
+        UndecodableError: truncated, damaged, or larger than `MAX_PIXELS`.
+    """
     from PIL import Image
 
     try:

@@ -1,6 +1,7 @@
 """The rounds of a keyed stage (`pipelines.stages.keyed`), each task with its own files, done once and resumable.
 
-The commit is the node's `reduced/done.json`, written last; after it all streams but the result are deleted.
+A stream is deleted as soon as no round to come reads it, so the disk holds about what two rounds exchange. A run that
+goes on begins behind the last round whose files are all there. The commit is the node's `reduced/done.json`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from cl import storage
 from pipelines.plan import Plan
 from pipelines.run_steps import NodeColumns
 from pipelines.shuffle import count_routed
-from pipelines.stages.keyed import Inbox, KeyedStage, Round
-from pipelines.streams import read_stream, stream_file, stream_folder, write_streams
+from pipelines.stages.keyed import GROUPS, Inbox, KeyedStage, Round, group_of_fragments
+from pipelines.streams import read_stream, stream_file, stream_folder, stream_name, write_streams
 
 # Runs tasks (round, iteration, task) anywhere and yields the seconds that each took, in any order.
 Runner = Callable[[Sequence[tuple[int, int, int]]], Iterator[float]]
@@ -38,7 +39,12 @@ def run_task(plan: Plan, node: int, number: int, iteration: int, task: int) -> f
         if table is not None:
             streams[name] = table
     columns = NodeColumns(plan, node)
-    inbox = Inbox(task, streams, plan.partitions, columns, plan.corpus.kind, plan.seed)
+    fragments = range(0)
+    if each.over != "partitions":
+        fragments = range(task, task + 1)
+    if each.over == "groups":
+        fragments = group_of_fragments(task, len(plan.corpus.fragments))
+    inbox = Inbox(task, streams, plan.partitions, columns, plan.corpus.kind, plan.seed, fragments)
     write_streams(plan, node, each.run(inbox), each.writes, (after, task))
     return time.perf_counter() - start
 
@@ -48,8 +54,11 @@ def run_rounds(plan: Plan, node: int, runner: Runner) -> None:
     stage = plan.nodes[node].stage
     assert isinstance(stage, KeyedStage)
     seconds = 0.0
-    for number, each in enumerate(stage.rounds()):
-        tasks = range(plan.partitions if each.over == "partitions" else len(plan.corpus.fragments))
+    rounds = stage.rounds()
+    done = [number for number, each in enumerate(rounds) if _complete(plan, node, each)]
+    for number in range(max(done, default=-1) + 1, len(rounds)):
+        each = rounds[number]
+        tasks = _tasks(plan, each)
         for stream in each.writes:
             storage.sweep_temporary(stream_folder(plan, node, stream))
         iteration = 0
@@ -58,9 +67,31 @@ def run_rounds(plan: Plan, node: int, runner: Runner) -> None:
             iteration += 1
             if not each.repeats or _silent(plan, node, each, iteration, tasks):
                 break
-    done = {"partitions": plan.partitions, "seconds": round(seconds, 6)}
-    storage.write_json(storage.join(plan.folder(node, "reduced"), "done.json"), done)
-    for stream in {*stage.sends, *(name for each in stage.rounds() for name in each.writes)} - {stage.result}:
+        still = {name for later in rounds[number + 1 :] for name in later.reads}
+        _delete(plan, node, set(each.reads) - still - {stage.result})
+    storage.write_json(
+        storage.join(plan.folder(node, "reduced"), "done.json"),
+        {"partitions": plan.partitions, "seconds": round(seconds, 6)},
+    )
+    _delete(plan, node, {*stage.sends, *(name for each in rounds for name in each.writes)} - {stage.result})
+
+
+def _tasks(plan: Plan, each: Round) -> range:
+    fragments = len(plan.corpus.fragments)
+    return range({"partitions": plan.partitions, "fragments": fragments, "groups": min(fragments, GROUPS)}[each.over])
+
+
+def _complete(plan: Plan, node: int, each: Round) -> bool:
+    """Whether all that a round writes is there; one that repeats is looked at task by task."""
+    tasks = _tasks(plan, each)
+    names = {stream_name(0, task) for task in tasks}
+    return not each.repeats and all(
+        names <= set(storage.list_files(stream_folder(plan, node, name), ".arrow")) for name in each.writes
+    )
+
+
+def _delete(plan: Plan, node: int, streams: Iterable[str]) -> None:
+    for stream in streams:
         fs, path = storage.open_fs(stream_folder(plan, node, stream))
         if fs.exists(path):
             fs.rm(path, recursive=True)

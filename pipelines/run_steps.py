@@ -15,14 +15,13 @@ import pyarrow.compute as pc
 
 from cl import storage
 from cl.errors import DataError
-from pipelines.heavy import UndecodableError, decode
+from pipelines.heavy import MISSING_BYTES, UndecodableError, decode
 from pipelines.plan import Node, Plan, Step, is_pixel
 from pipelines.stages.base import GlobalStage, Output, PixelStage, Rows, RowStage
 from pipelines.stages.keyed import KeyedStage
 from pipelines.streams import read_result, write_streams
 
 SECONDS = b"clew.seconds"  # in a node file's metadata: how long the stage took on the fragment
-MISSING_BYTES = "the shard ends before its bytes"
 
 
 class FragmentView:

@@ -20,6 +20,7 @@ from cl.errors import DataError
 
 DESTINATIONS = b"clew.destinations"
 ROWS = b"clew.rows"
+EVERYONE = -1  # a destination: the rows go to every reader, and lie in the file once
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Routed:
 
     Attributes:
         table: n rows.
-        to: int [n], the number of the reader that gets each row.
+        to: int [n], the number of the reader that gets each row, or `EVERYONE`.
     """
 
     table: pa.Table
@@ -51,7 +52,7 @@ def write_routed(url: str, routed: Routed) -> None:
 
 
 def read_routed(urls: Iterable[str], destination: int) -> pa.Table:
-    """The rows of one destination in all files, in the order of the files.
+    """The rows of one destination, and those for everyone, in all files, in the order of the files.
 
     Raises:
         DataError: a file is missing or damaged, or there is none.
@@ -61,11 +62,16 @@ def read_routed(urls: Iterable[str], destination: int) -> pa.Table:
     for url in urls:
         with _opened(url) as (reader, numbers):
             schema = schema or reader.schema.remove_metadata()
-            if destination in numbers:
-                batches.append(reader.get_batch(numbers.index(destination)).replace_schema_metadata(None))
+            mine = [numbers.index(each) for each in (EVERYONE, destination) if each in numbers]
+            batches += [reader.get_batch(place).replace_schema_metadata(None) for place in mine]
     if schema is None:
         raise DataError("A shuffle has no files to read; delete the run's .nodes folder and run again.")
     return pa.Table.from_batches(batches, schema=schema)
+
+
+def to_everyone(table: pa.Table) -> Routed:
+    """Rows that every reader gets."""
+    return Routed(table, np.full(table.num_rows, EVERYONE))
 
 
 def count_routed(url: str) -> int:

@@ -21,8 +21,12 @@ def stream_folder(plan: Plan, node: int, stream: str, partitions: int | None = N
     return storage.join(plan.folder(node, f"shuffle-{partitions or plan.partitions}"), stream)
 
 
+def stream_name(iteration: int, task: int) -> str:
+    return f"{iteration:05d}-{task:05d}.arrow"
+
+
 def stream_file(plan: Plan, node: int, stream: str, iteration: int, task: int) -> str:
-    return storage.join(stream_folder(plan, node, stream), f"{iteration:05d}-{task:05d}.arrow")
+    return storage.join(stream_folder(plan, node, stream), stream_name(iteration, task))
 
 
 def write_streams(plan: Plan, node: int, streams: Streams, promised: Sequence[str], files: tuple[int, int]) -> None:

@@ -27,7 +27,7 @@ STAGES: list[Any] = [
     "text_duplicate",
     {"embedding": {"batch_size": 8}},
     {"image_text_score": {"top_fraction": 0.9}},
-    {"clusters": {"count": 4}},
+    {"clusters": {"count": 4, "points": 16, "full": 1}},
     {"semantic_duplicate": {"epsilon": 0.00001}},
     {"balance": {"fraction": 0.8}},
 ]

@@ -2,12 +2,11 @@
 
 A cluster of n rows keeps min(n, c), where the cap c is such that the sum over clusters is the target; of the clusters
 at the cap as many keep one more as the target needs, so exactly the target is kept (the flat form of the sampling in
-Vo et al. 2024). Within a cluster the choice is by a keyed hash of the id, or the rows closest to the centre.
+Vo et al. 2024). Within a cluster the choice is by a keyed hash of the id, or by the distance to the centre, then id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,20 +14,11 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from cl.corpus import Kind
-from pipelines.keyed import id_words, keyed_hash
-from pipelines.stages.base import Context, GlobalStage, Output, Rows, reasons
+from pipelines.keyed import keyed_hash
+from pipelines.stages.base import Output, Rows, reasons
+from pipelines.stages.keyed import Streams
 from pipelines.stages.registry import STAGES
-
-PARTIAL = pa.schema(
-    [
-        ("cluster", pa.int64()),
-        ("order", pa.float64()),
-        ("coin", pa.uint64()),
-        ("id0", pa.uint64()),
-        ("id1", pa.uint64()),
-    ]
-)
-REDUCED = pa.schema([("kept", pa.bool_())])
+from pipelines.stages.selection import FLOAT32, HASHED, Digits, Groups, Keys, Selection, ascending, keys_of, selected
 
 
 def quotas(sizes: np.ndarray, target: int) -> np.ndarray:
@@ -57,9 +47,10 @@ def quotas(sizes: np.ndarray, target: int) -> np.ndarray:
     "Keep a target number of rows, evenly over clusters: a cap on every cluster, a keyed choice within",
     "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach",
 )
-class Balance(GlobalStage):
-    """The reduction holds about 60 bytes a living row."""
+class Balance(Selection):
+    """A task holds 32 bytes a row of its partition, and some 60 bytes a cluster."""
 
+    version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
 
@@ -79,32 +70,26 @@ class Balance(GlobalStage):
     def needs(self, kind: Kind) -> list[str]:
         return [self.column] + (["cluster_distance"] if self.choose == "closest" else [])
 
-    def partial(self, rows: Rows) -> pa.Table:
-        ids = rows.table["id"].to_pylist()
-        words = id_words(ids)
-        order = rows.numbers("cluster_distance") if self.choose == "closest" else np.zeros(len(rows))
-        cluster = rows.table[self.column].cast(pa.int64())
-        columns = [cluster, order, keyed_hash(rows.seed, ids, "balance"), words[:, 0], words[:, 1]]
-        return pa.table(columns, schema=PARTIAL)
+    def digits(self) -> Digits:
+        return FLOAT32 if self.choose == "closest" else HASHED
 
-    def reduce(self, partials: Sequence[pa.Table], context: Context) -> list[pa.Table]:
-        tables = list(partials)
-        table = pa.concat_tables(tables)
-        cluster, first, coin, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)
-        _, index, sizes = np.unique(cluster, return_inverse=True, return_counts=True)
-        target = self.target if self.target is not None else round((self.fraction or 1.0) * len(cluster))
-        kept = quotas(sizes.astype(np.int64), target)
-        order = np.lexsort((id1, id0, coin, first, index))
-        starts = np.cumsum(sizes) - sizes
-        within = np.arange(len(order)) - starts[index[order]]
-        keep = np.zeros(len(order), bool)
-        keep[order] = within < kept[index[order]]
-        ends = np.cumsum([0, *(partial.num_rows for partial in tables)])
-        return [
-            pa.table([keep[start : start + partial.num_rows]], schema=REDUCED)
-            for start, partial in zip(ends, tables, strict=False)
-        ]
+    def keys(self, rows: Rows) -> Keys:
+        """The cluster of each row, and its place in it."""
+        if self.choose == "closest":
+            key = ascending(rows.numbers("cluster_distance").astype(np.float32))
+        else:
+            key = keyed_hash(rows.seed, rows.table["id"].to_pylist(), "balance")
+        return keys_of(rows, rows.table[self.column].cast(pa.int64()).to_numpy(), key)
+
+    def wanted(self, groups: Groups) -> int:
+        """How many rows are to be kept."""
+        return self.target if self.target is not None else round((self.fraction or 1.0) * int(groups.size.sum()))
+
+    def partial(self, rows: Rows, partitions: int) -> Streams:
+        return self.send_keys(self.keys(rows), partitions)
+
+    def quotas(self, groups: Groups) -> np.ndarray:
+        return quotas(groups.size, self.wanted(groups))
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
-        kept = reduced["kept"].to_numpy(zero_copy_only=False)
-        return Output(drop=reasons(len(rows), {"cluster_over_cap": ~kept}))
+        return Output(drop=reasons(len(rows), {"cluster_over_cap": ~selected(self.keys(rows), reduced)}))

@@ -90,6 +90,19 @@ class Decontaminate(GlobalStage):
         return Output(columns, reasons(len(rows), {"contaminated": found}))
 
 
+def embeddings_digest(stage: str, against: Sequence[str]) -> str:
+    """What outputs of `clew embed` depend on.
+
+    Raises:
+        ConfigError: a folder is none.
+    """
+    markers = [storage.join(path, MARKER) for path in against]
+    for path, marker in zip(against, markers, strict=True):
+        if not storage.exists(marker):
+            raise ConfigError(f"Stage {stage!r}: {path} is no output of `clew embed`.")
+    return "\0".join(str(storage.read_json(marker)) for marker in markers)
+
+
 def first_best(row: np.ndarray, place: np.ndarray, score: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Of matches (row, place in the index, score) the one with the highest score for each row, ties: the first."""
     order = np.lexsort((place, -score, row))
@@ -229,11 +242,7 @@ class DecontaminateEmbedding(Decontaminate):
     threshold: float = Field(0.95, gt=0, le=1, description="cosine from which a sample is one of the evaluation set")
 
     def digest(self) -> str:
-        markers = [storage.join(path, MARKER) for path in self.against]
-        for path, marker in zip(self.against, markers, strict=True):
-            if not storage.exists(marker):
-                raise ConfigError(f"Stage {self.name!r}: {path} is no output of `clew embed`.")
-        return "\0".join(str(storage.read_json(marker)) for marker in markers)
+        return embeddings_digest(self.name, self.against)
 
     def _column(self, kind: Kind) -> str:
         return self.column or f"{next(iter(VIEWS[kind]))}_embedding"

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from cl.corpus import VIEWS, Kind
 from cl.errors import ConfigError
+from pipelines.heavy import MISSING_BYTES
 from pipelines.stages.base import Output, Rows, RowStage, Stage, vector_array
 from pipelines.stages.registry import STAGES
 
@@ -64,7 +65,7 @@ class Encoder:
         batch: list[bytes] = []
         for row, data in enumerate(rows.images()):
             if data is None:
-                broken[row] = "the shard ends before its bytes"
+                broken[row] = MISSING_BYTES
             batch.append(data or b"")
             if len(batch) == size or row == len(rows) - 1:
                 failures: dict[int, str] = {}
@@ -74,6 +75,10 @@ class Encoder:
                     broken.setdefault(first + index, why)
                 yield self._encode(view, pixels)
                 batch = []
+
+    def pictures(self, data: list[bytes]) -> np.ndarray:
+        """float16 [B, D]: the embeddings of one batch of encoded images that can be decoded."""
+        return self._encode("image", self.inputs.images("image", data))
 
     def _encode(self, view: str, inputs: Any) -> np.ndarray:
         """float16 [B, D], each row of length 1."""

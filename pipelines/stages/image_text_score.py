@@ -6,7 +6,6 @@ threshold goes, or exactly the best n stay, ties by id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,11 +13,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from cl.corpus import VIEWS, Kind
-from pipelines.keyed import id_words
-from pipelines.stages.base import Context, GlobalStage, Output, Rows, reasons
+from pipelines.stages.base import Output, Rows, reasons
+from pipelines.stages.keyed import Streams
 from pipelines.stages.registry import STAGES
-
-PARTIAL = pa.schema([("score", pa.float32()), ("id0", pa.uint64()), ("id1", pa.uint64())])
+from pipelines.stages.selection import Groups, Keys, Selection, ascending, keys_of, no_keys, selected
 
 
 @STAGES.register(
@@ -26,59 +24,53 @@ PARTIAL = pa.schema([("score", pa.float32()), ("id0", pa.uint64()), ("id1", pa.u
     "Cosine of a pair's two embeddings; drop those below a threshold or outside the best fraction",
     "CLIPScore: A Reference-free Evaluation Metric for Image Captioning",
 )
-class ImageTextScore(GlobalStage):
-    """Writes `image_text_score`, for text pairs `pair_score`. The reduction holds 20 bytes a living row."""
+class ImageTextScore(Selection):
+    """Writes `image_text_score`, for text pairs `pair_score`. A task holds 32 bytes a row of its partition."""
 
+    version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
 
     min_score: float | None = Field(None, ge=-1, le=1, description="cosine; pairs below are dropped")
     top_fraction: float | None = Field(None, gt=0, le=1, description="of the pairs (above min_score) that stay")
+    columns: tuple[str, str] | None = Field(
+        None, description="the two embeddings; None: image_embedding and text_embedding, or those of text pairs"
+    )
 
     @staticmethod
     def column(kind: Kind) -> str:
         return "image_text_score" if kind == "image-text" else "pair_score"
 
     def needs(self, kind: Kind) -> list[str]:
-        return [f"{view}_embedding" for view in VIEWS[kind]]
+        return list(self.columns or [f"{view}_embedding" for view in VIEWS[kind]])
 
     def makes(self, kind: Kind) -> list[pa.Field]:
         return [pa.field(self.column(kind), pa.float32())]
 
-    @staticmethod
-    def scores(rows: Rows) -> np.ndarray:
+    def scores(self, rows: Rows) -> np.ndarray:
         """float32 [n]."""
-        first, second = (rows.vectors(f"{view}_embedding") for view in VIEWS[rows.corpus.kind])
+        first, second = (rows.vectors(column) for column in self.needs(rows.corpus.kind))
         return np.einsum("nd,nd->n", first, second).astype(np.float32)
 
-    def partial(self, rows: Rows) -> pa.Table:
-        if self.top_fraction is None:
-            return PARTIAL.empty_table()
-        ids = id_words(rows.table["id"].to_pylist())
-        score = self.scores(rows)
-        good = score >= (self.min_score if self.min_score is not None else -2)
-        columns = [score[good], ids[good, 0], ids[good, 1]]
-        return pa.table([pa.array(values) for values in columns], schema=PARTIAL)
+    def _keys(self, rows: Rows, score: np.ndarray) -> Keys:
+        return keys_of(rows, np.zeros(len(rows), np.int64), ascending(-score))
 
-    def reduce(self, partials: Sequence[pa.Table], context: Context) -> pa.Table:
-        """The last pair that stays: the threshold is (score, id), so exactly n stay."""
-        tables = list(partials)
-        table = pa.concat_tables(tables)
-        if self.top_fraction is None or not table.num_rows:
-            return PARTIAL.empty_table()
-        score, id0, id1 = (table[name].to_numpy() for name in PARTIAL.names)
-        order = np.lexsort((id1, id0, -score))
-        count = max(round(self.top_fraction * len(order)), 1)
-        last = order[count - 1]
-        return pa.table([[score[last]], [id0[last]], [id1[last]]], schema=PARTIAL)
+    def _enough(self, score: np.ndarray) -> np.ndarray:
+        return np.asarray(score >= (self.min_score if self.min_score is not None else -2))
+
+    def partial(self, rows: Rows, partitions: int) -> Streams:
+        if self.top_fraction is None:
+            return self.send_keys(no_keys(), partitions)
+        score = self.scores(rows)
+        return self.send_keys(self._keys(rows, score), partitions, self._enough(score))
+
+    def quotas(self, groups: Groups) -> np.ndarray:
+        return np.array([max(round((self.top_fraction or 1.0) * size), 1) for size in groups.size.tolist()], np.int64)
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         score = self.scores(rows)
         masks = {}
         if self.min_score is not None:
-            masks["score_below_threshold"] = score < self.min_score
-        if reduced.num_rows:
-            cut, cut0, cut1 = (reduced[name].to_numpy()[0] for name in PARTIAL.names)
-            ids = id_words(rows.table["id"].to_pylist())
-            later = (ids[:, 0] > cut0) | ((ids[:, 0] == cut0) & (ids[:, 1] > cut1))
-            masks["score_outside_top"] = (score < cut) | ((score == cut) & later)
+            masks["score_below_threshold"] = ~self._enough(score)
+        if self.top_fraction is not None:
+            masks["score_outside_top"] = ~selected(self._keys(rows, score), reduced)
         return Output({self.column(rows.corpus.kind): score}, reasons(len(rows), masks))

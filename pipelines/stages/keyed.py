@@ -1,9 +1,10 @@
 """Global stages whose reductions are spread over tasks: map partials, keyed partitions, reduce tasks, one commit.
 
 A `KeyedStage` is a `partial` on every fragment followed by rounds. A task of a round reads the rows that earlier tasks
-sent to it and sends rows on: named streams of rows, each row with the number of the task that gets it. A round runs
-over the *partitions*, whose number grows with the corpus, or over the *fragments*, where it can read columns. So no
-task holds more than its share of the corpus, and the driver holds nothing but numbers.
+sent to it and sends rows on: named streams of rows, each row with the number of the task that gets it, or for
+everyone. A round runs over the *partitions*, whose number grows with the corpus, over the *fragments*, where it can
+read columns, or over *groups* of neighbouring fragments, which are summed up before anything is sent. So no task holds
+more than its share of the corpus, and the driver holds nothing but numbers.
 
     partial --digests--> P tasks --pairs--> fragments --edges--> P tasks, again and again --verdicts--> fragments
 
@@ -26,6 +27,7 @@ from pipelines.shuffle import Routed
 from pipelines.stages.base import Columns, Output, Rows, Stage
 
 Streams = dict[str, Routed]
+GROUPS = 256  # of fragments, at most: sums of one task each; a constant, because the order of sums is part of a result
 
 
 @dataclass
@@ -33,10 +35,11 @@ class Inbox:
     """What one task of a round works on.
 
     Attributes:
-        task: its number: of a partition or of a fragment.
+        task: its number: of a partition, a fragment or a group of fragments.
         streams: name -> the rows that were sent to it, in the order of the senders.
         partitions: how many partitions there are.
         columns: access to the columns of fragments that the stage needs.
+        fragments: those that the task stands for; none if it is a partition's.
     """
 
     task: int
@@ -45,6 +48,7 @@ class Inbox:
     columns: Columns
     kind: Kind
     seed: int
+    fragments: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Round:
     """Tasks that run side by side.
 
     Attributes:
-        over: one task a partition, or one a fragment.
+        over: one task a partition, a fragment, or a group of fragments.
         reads: streams it reads; one that nobody has written yet is left out.
         writes: streams it writes, all of them in every task.
         run: from what a task got to what it sends.
@@ -61,7 +65,7 @@ class Round:
     """
 
     name: str
-    over: Literal["partitions", "fragments"]
+    over: Literal["partitions", "fragments", "groups"]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     run: Callable[[Inbox], Streams]
@@ -85,6 +89,12 @@ class KeyedStage(Stage):
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         """Columns and drops of the rows of one fragment from what the rounds sent to it."""
         raise NotImplementedError
+
+
+def group_of_fragments(group: int, fragments: int) -> range:
+    """The fragments of a group: neighbours, as many in each as can be."""
+    groups = min(fragments, GROUPS)
+    return range(group * fragments // groups, (group + 1) * fragments // groups)
 
 
 def references(rows: Rows) -> np.ndarray:

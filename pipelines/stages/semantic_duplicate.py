@@ -1,8 +1,8 @@
 """Rows of a cluster whose embeddings are nearly the same: SemDeDup (Abbas et al. 2023).
 
-Within each cluster rows are taken from the farthest to the centre to the nearest (or the reverse), ties by id. A row
-whose cosine to an earlier one exceeds 1 - epsilon is dropped. The paper compares with every earlier row, dropped ones
-included, so that chains of likenesses can empty a region; the default here compares with kept rows alone.
+Within each cluster rows are taken from the farthest to the centre to the nearest (or in another order), ties by id. A
+row whose cosine to an earlier one exceeds 1 - epsilon is dropped. The paper compares with every earlier row, dropped
+ones included, so that chains of likenesses can empty a region; the default here compares with kept rows alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from cl.corpus import VIEWS, Kind
-from pipelines.keyed import id_words, mix
+from pipelines.keyed import id_words, keyed_hash, mix
 from pipelines.shuffle import Routed
 from pipelines.stages.base import Output, Rows, internal, vectors
 from pipelines.stages.exact_duplicate import duplicates, verdicts
@@ -59,13 +59,15 @@ class SemanticDuplicate(KeyedStage):
 
     version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
     sends: ClassVar[tuple[str, ...]] = ("rows",)
 
     epsilon: float = Field(0.05, ge=0, le=2, description="1 - cosine below which two rows are duplicates")
     column: str | None = Field(None, description="embedding; None: image_embedding, or anchor_embedding of text pairs")
-    first: Literal["farthest", "closest"] = Field(
+    first: Literal["farthest", "closest", "random"] = Field(
         "farthest", description="which rows of a cluster come first, and stay"
     )
+    best: str | None = Field(None, description="numeric column whose highest value comes first, in place of `first`")
     compare: Literal["kept", "all"] = Field(
         "kept", description="with kept rows alone, or with all earlier ones (paper)"
     )
@@ -74,16 +76,22 @@ class SemanticDuplicate(KeyedStage):
         return self.column or f"{next(iter(VIEWS[kind]))}_embedding"
 
     def needs(self, kind: Kind) -> list[str]:
-        return [self._column(kind), "cluster", "cluster_distance"]
+        return [self._column(kind), "cluster", "cluster_distance", *([self.best] if self.best else [])]
 
     def makes(self, kind: Kind) -> list[pa.Field]:
         return [internal("semantic_duplicate_of", pa.string())]
 
     def partial(self, rows: Rows, partitions: int) -> Streams:
-        words = id_words(rows.table["id"].to_pylist())
-        distance = rows.numbers("cluster_distance")
+        ids = rows.table["id"].to_pylist()
+        words = id_words(ids)
         cluster = rows.table["cluster"].cast(pa.int64()).to_numpy()
-        first = -distance if self.first == "farthest" else distance
+        if self.best:
+            first = -np.nan_to_num(rows.numbers(self.best), nan=-np.inf)
+        elif self.first == "random":
+            first = keyed_hash(rows.seed, ids, "semantic_duplicate").astype(np.float64)
+        else:
+            distance = rows.numbers("cluster_distance")
+            first = -distance if self.first == "farthest" else distance
         table = pa.table([cluster, first, references(rows), words[:, 0], words[:, 1]], schema=ROWS)
         point = rows.table[self._column(rows.corpus.kind)].combine_chunks()
         to = mix(cluster.astype(np.uint64)) % np.uint64(partitions)

@@ -20,7 +20,6 @@ from pipelines.keyed import id_text, id_words, keyed_hash
 from pipelines.stages import semantic_duplicate
 from pipelines.stages.balance import quotas
 from pipelines.stages.caption import detect
-from pipelines.stages.clusters import assign, train_centroids
 from pipelines.stages.near_duplicate import hamming_keys
 from pipelines.stages.perceptual_hash import average_to, perceptual_hash
 from pipelines.stages.semantic_duplicate import greedy_duplicates
@@ -280,21 +279,6 @@ def test_balance_keeps_the_target_and_the_same_rows_however_the_corpus_is_cut(tm
     sizes = np.bincount([row.extra["cluster"] for row in rows])
     kept = np.bincount([row["cluster"] for row in first.to_pylist() if row["drop_reason"] is None])
     assert kept.tolist() == quotas(sizes, 40).tolist()
-
-
-def test_nearest_centroid_and_seeded_training() -> None:
-    rng = np.random.default_rng(3)
-    centres = np.eye(6, dtype=np.float32)
-    points = np.repeat(centres, 30, 0) + rng.normal(0, 0.1, (180, 6)).astype(np.float32)
-    points /= np.linalg.norm(points, axis=1, keepdims=True)
-    centroids = train_centroids(points, 6, 20, seed=1, threads=1)
-    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(centroids, train_centroids(points, 6, 20, seed=1, threads=1))
-    cluster, distance = assign(points, centroids, block=7)
-    cosine = points.astype(np.float64) @ centroids.astype(np.float64).T
-    np.testing.assert_array_equal(cluster, cosine.argmax(1))
-    np.testing.assert_allclose(distance, 1 - cosine.max(1), atol=1e-5)
-    assert (1 - cosine.max(1)).mean() < 0.15
 
 
 @pytest.mark.parametrize("kept_only", [True, False])

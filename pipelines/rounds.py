@@ -14,7 +14,7 @@ from pipelines.plan import Plan
 from pipelines.run_steps import NodeColumns
 from pipelines.shuffle import count_routed
 from pipelines.stages.keyed import Inbox, KeyedStage, Round
-from pipelines.streams import read_stream, stream_file, stream_folder, write_streams
+from pipelines.streams import read_stream, read_written, stream_file, stream_folder, write_streams
 
 # Runs tasks (round, iteration, task) anywhere and yields the seconds that each took, in any order.
 Runner = Callable[[Sequence[tuple[int, int, int]]], Iterator[float]]
@@ -38,7 +38,16 @@ def run_task(plan: Plan, node: int, number: int, iteration: int, task: int) -> f
         if table is not None:
             streams[name] = table
     columns = NodeColumns(plan, node)
-    inbox = Inbox(task, streams, plan.partitions, columns, plan.corpus.kind, plan.seed)
+    inbox = Inbox(
+        task,
+        streams,
+        plan.partitions,
+        columns,
+        plan.corpus.kind,
+        plan.seed,
+        len(plan.corpus.fragments),
+        lambda stream, writer: read_written(plan, node, stream, writer),
+    )
     write_streams(plan, node, each.run(inbox), each.writes, (after, task))
     return time.perf_counter() - start
 

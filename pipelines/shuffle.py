@@ -68,6 +68,12 @@ def read_routed(urls: Iterable[str], destination: int) -> pa.Table:
     return pa.Table.from_batches(batches, schema=schema)
 
 
+def read_whole(url: str) -> pa.Table:
+    """All rows of a file, by destination."""
+    with _opened(url) as (reader, _):
+        return reader.read_all().replace_schema_metadata(None)
+
+
 def count_routed(url: str) -> int:
     """Rows of a file, over all destinations."""
     with _opened(url) as (reader, _):

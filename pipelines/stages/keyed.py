@@ -37,6 +37,9 @@ class Inbox:
         streams: name -> the rows that were sent to it, in the order of the senders.
         partitions: how many partitions there are.
         columns: access to the columns of fragments that the stage needs.
+        fragments: how many fragments there are.
+        written: (stream, task) -> all that this task of an earlier round wrote to the stream, to whomever: what every
+            task needs is written once and not sent.
     """
 
     task: int
@@ -45,6 +48,8 @@ class Inbox:
     columns: Columns
     kind: Kind
     seed: int
+    fragments: int
+    written: Callable[[str, int], pa.Table]
 
 
 @dataclass(frozen=True)

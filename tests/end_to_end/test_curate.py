@@ -21,7 +21,7 @@ import pytest
 import yaml
 from blake3 import blake3
 
-from cl.config import parse_config
+from cl.config import load_config, parse_config
 from cl.corpus import open_corpus
 from cl.errors import ConfigError, DataError
 from pipelines.curate import CurateConfig, CurateResult, curate
@@ -329,6 +329,26 @@ def test_text_pairs_and_curating_the_curated(tmp_path: Path, ray_session: None) 
     second = open_corpus(str(tmp_path / "oo")).read()
     assert second["id"].to_pylist() == table["id"].to_pylist(), "the order depends on ids and the seed alone"
     assert "anchor_words" in second.column_names
+
+
+def test_mined_negatives_become_the_column_of_the_corpus(tmp_path: Path, ray_session: None) -> None:
+    pairs = [(f"question {i} of the list", f"answer {i} to that question") for i in range(30)]
+    text_corpus(tmp_path / "c", [pairs[:13], pairs[13:]])
+    checkpoint(tmp_path / "m", text=True)
+    cfg = load_config(
+        CurateConfig,
+        "curate",
+        "mine-negatives",
+        [f"corpus={tmp_path}/c", f"model={tmp_path}/m", f"out={tmp_path}/o", "stages.3.mine.relative=null"],
+    )
+    assert curate(cfg).kept == 30
+    rows = open_corpus(str(tmp_path / "o")).read().to_pylist()
+    positives = {row["id"]: row["positive"] for row in rows}
+    for row in rows:
+        assert len(row["negatives"]) == row["mined_count"] == 7
+        assert row["negatives"] == [positives[each] for each in row["mined_ids"]]
+        assert row["positive"] not in row["negatives"]
+        assert row["mined_scores"] == sorted(row["mined_scores"], reverse=True)
 
 
 def test_embed_writes_one_row_a_sample_and_resumes(place: Path, ray_session: None) -> None:

@@ -7,6 +7,7 @@ says so. A record whose key still fits (same shard, size and version, same confi
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
@@ -26,6 +27,7 @@ from pipelines.readers.text import TextReader
 
 # Raised whenever a reader's output changes for the same input, so that old fragments are made anew.
 READER_VERSION: Final = 1
+UNREADABLE: Final = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)  # of a file as a whole
 RECORDS: Final = ".ingest"  # folder of the records, within the corpus
 
 
@@ -139,10 +141,10 @@ def _read(task: Task) -> Iterator[Record]:
             with fs.open(path, "rb", compression="infer") as file:
                 yield from text.read_jsonl(file)
         else:
-            with fs.open(path, "rb") as file, pq.ParquetFile(file) as table:
+            with fs.open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as table:
                 text.check_parquet(table, shard.url)
                 yield from text.read_parquet(table)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         # A file that vanished, lost its rights or is no parquet: the other shards go on without it.
         yield Rejected(None, "unreadable_shard", f"{type(error).__name__}: {error}")
 
@@ -201,7 +203,7 @@ def check_columns(task: Task) -> None:
             with fs.open(path, "rb", compression="infer") as file:
                 text.check_jsonl(file, shard.url)
         elif shard.format == "parquet":
-            with fs.open(path, "rb") as file, pq.ParquetFile(file) as table:
+            with fs.open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as table:
                 text.check_parquet(table, shard.url)
-    except (OSError, EOFError, pa.ArrowException):
+    except UNREADABLE:
         return  # its task will quarantine it as unreadable

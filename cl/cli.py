@@ -244,6 +244,66 @@ def export(checkpoint: str, form: str, out: str, as_json: bool) -> None:
 
 
 @cli.command(
+    short_help="Show a sample by its id, or a batch of a training run.",
+    epilog=_example(
+        "clew inspect runs/curated 0f3a9c2e --save /tmp", "clew inspect runs/model --step 17 --epoch 1 --json"
+    ),
+)
+@click.argument("folder", metavar="CORPUS|RUN")
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--step", type=int, help="Of a training run: show the samples of this step.")
+@click.option("--epoch", type=int, default=0, show_default=True, help="The epoch of the step.")
+@click.option("--save", help="Folder to write the samples' images to.")
+@_json_option
+def inspect(folder: str, ids: tuple[str, ...], step: int | None, epoch: int, save: str | None, as_json: bool) -> None:
+    """Show samples of a corpus by their ids, or the samples of one step of a training run.
+
+    An ID may be cut short. Shown are all columns, the image's place, whether its bytes are those that were ingested,
+    and which stage dropped the sample, if one did.
+    """
+    from cl import console
+
+    if (step is None) == (not ids):
+        raise ConfigError("clew inspect takes ids of samples of a corpus, or a training run and --step; one of them.")
+    if step is not None:
+        _run("inspect", None, False, as_json, lambda: _load("pipelines.inspect:inspect_batch")(folder, epoch, step))
+        return
+    found = _load("pipelines.inspect:inspect_samples")(folder, ids, save)
+    if as_json:
+        console.print_json(found)
+    else:
+        for sample in found:
+            console.print_result(sample.id, sample)
+
+
+@cli.command(
+    short_help="Check a corpus down to the bytes of its images.",
+    epilog=_example("clew verify runs/curated", "clew verify runs/curated --deep --json"),
+)
+@click.argument("corpus", metavar="CORPUS")
+@click.option("--deep", is_flag=True, help="Decode every image too.")
+@click.option("--threads", type=click.IntRange(min=1), help="Fragments read at a time; by default one a core.")
+@_json_option
+def verify(corpus: str, deep: bool, threads: int | None, as_json: bool) -> None:
+    """Check that a corpus is what its manifest says: counts, row groups, offsets, hashes, ids, lanes.
+
+    One sentence a defect; exit code 1 if there is one.
+    """
+    from cl import console
+
+    check = _load("pipelines.verify:verify")
+    if as_json:
+        with console.stdout_kept_for_json():
+            result = check(corpus, deep, threads)
+        console.print_json(result)
+    else:
+        result = check(corpus, deep, threads)
+        console.print_result("clew verify", result)
+    if result.defects:
+        sys.exit(1)
+
+
+@cli.command(
     short_help="Make an HTML page of run folders.",
     epilog=_example("clew report runs/curated runs/model runs/eval --out runs/report.html"),
 )

@@ -304,6 +304,29 @@ def verify(corpus: str, deep: bool, threads: int | None, as_json: bool) -> None:
 
 
 @cli.command(
+    short_help="Take samples out of corpora for good.",
+    epilog=_example("clew remove --ids ids.txt runs/corpus runs/curated"),
+)
+@click.argument("corpora", nargs=-1, required=True, metavar="CORPUS...")
+@click.option("--ids", required=True, help="Text file with the ids of the samples, one a line.")
+@_json_option
+def remove(corpora: tuple[str, ...], ids: str, as_json: bool) -> None:
+    """Take samples out of corpora for good, by their ids.
+
+    Only fragments and shards that hold one are rewritten. The ids stay with the corpus, and no later run brings the
+    samples back. An interrupted removal is finished by the same command.
+    """
+    from cl import console
+
+    results = _load("pipelines.remove:remove")(corpora, ids)
+    if as_json:
+        console.print_json(results)
+    else:
+        for result in results:
+            console.print_result("clew remove", result)
+
+
+@cli.command(
     short_help="Make an HTML page of run folders.",
     epilog=_example("clew report runs/curated runs/model runs/eval --out runs/report.html"),
 )

@@ -9,6 +9,7 @@ never interrupted; a finished run returns at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from blake3 import blake3
@@ -19,12 +20,14 @@ from cl.config import Config, config_digest
 from cl.corpus import Corpus, open_corpus
 from cl.errors import ConfigError, DataError
 from cl.run import write_run_info
+from cl.tombstones import refuse_unfinished_removal, tombstones_digest
 from pipelines.annotate import annotate, annotated_file, build_funnel, write_funnel
 from pipelines.execute import execute, reduce_node
 from pipelines.paths import absolute
 from pipelines.plan import Plan, build_plan, dump_stages, parse_stages, segments
 from pipelines.stages.base import Stage
 from pipelines.stages.locate import Locate
+from pipelines.stages.removed import Removed
 from pipelines.write import Placement, WriteConfig, carried, scatter, scatter_file, write_shards
 
 Stages = Annotated[
@@ -72,8 +75,12 @@ def curate(cfg: CurateConfig) -> CurateResult:
     corpus = open_corpus(absolute(cfg.corpus))
     out = absolute(cfg.out)
     _check_places(corpus.root, out)
+    refuse_unfinished_removal(out)
     plan, columns = _plan(cfg, corpus, out)
     key = run_key(plan, cfg.write)
+    if removed := tombstones_digest(out):  # what was removed from a finished run leaves it finished
+        plan, columns = _plan(cfg, corpus, out, [Removed(root=out)])
+        key = f"{key}:{removed}"
     finished = _finished(plan, key)
     if finished is not None:
         return finished
@@ -103,12 +110,13 @@ def _check_places(corpus: str, out: str) -> None:
             raise ConfigError(f"out ({out}) holds something that `clew curate` did not write; give another folder.")
 
 
-def _plan(cfg: CurateConfig, corpus: Corpus, out: str) -> tuple[Plan, list[str]]:
-    """The plan with the stages around the user's: finding the bytes, and placing what is kept."""
+def _plan(cfg: CurateConfig, corpus: Corpus, out: str, first: Sequence[Stage] = ()) -> tuple[Plan, list[str]]:
+    """The plan with the stages around the user's: what comes first, finding the bytes, and placing what is kept."""
     model = None if cfg.model is None else absolute(cfg.model)
     stages: list[Stage] = [stage for stage in cfg.stages if not isinstance(stage, Locate)]
     if corpus.kind == "image-text":
         stages.insert(0, Locate())
+    stages = [*first, *stages]
     listed = build_plan(corpus, stages, out, cfg.seed, model)
     columns = carried(listed, cfg.write)
     complete = [*stages, Placement(settings=cfg.write)]

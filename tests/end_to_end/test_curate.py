@@ -26,6 +26,8 @@ from cl.corpus import open_corpus
 from cl.errors import ConfigError, DataError
 from pipelines.curate import CurateConfig, CurateResult, curate
 from pipelines.embed import EmbedConfig, embed
+from pipelines.remove import remove
+from pipelines.verify import verify
 from tests.curation_corpora import Sample, image_corpus, picture, text_corpus
 from tests.unit.test_curation_plan import checkpoint
 
@@ -349,6 +351,31 @@ def test_mined_negatives_become_the_column_of_the_corpus(tmp_path: Path, ray_ses
         assert row["negatives"] == [positives[each] for each in row["mined_ids"]]
         assert row["positive"] not in row["negatives"]
         assert row["mined_scores"] == sorted(row["mined_scores"], reverse=True)
+
+
+def test_what_was_removed_stays_away_and_the_run_stays_finished(tmp_path: Path, ray_session: None) -> None:
+    samples = [Sample(f"k{i}", "a red house" if i % 5 else "house", picture(i)) for i in range(20)]
+    image_corpus(tmp_path / "c", [samples[:10], samples[10:]])
+    tree_of: dict[str, Any] = {"corpus": str(tmp_path / "c"), "out": str(tmp_path / "o"), "write": {"lanes": 4}}
+    cfg = parse_config(CurateConfig, tree_of | {"stages": [{"caption": {"min_words": 2}}]}, "x")
+    assert curate(cfg).kept == 16
+    ids = [row["id"] for row in open_corpus(str(tmp_path / "c")).read().to_pylist()]
+    (tmp_path / "ids.txt").write_text("\n".join([ids[1], ids[12], ids[5]]))  # the last was dropped already
+    [removed] = remove([str(tmp_path / "o")], str(tmp_path / "ids.txt"))
+    assert removed.removed == 2
+    assert verify(str(tmp_path / "o"), deep=True).defects == []
+    before = tree(tmp_path / "o")
+    again = curate(cfg)
+    assert (again.resumed, again.kept, again.dropped) == (
+        True,
+        14,
+        {"caption/too_few_words": 4, "remove/removed": 2},
+    )
+    assert tree(tmp_path / "o") == before
+    other = curate(parse_config(CurateConfig, tree_of | {"stages": ["caption"]}, "x"))
+    assert (other.kept, other.dropped) == (17, {"remove/removed": 3})
+    assert not {row["id"] for row in open_corpus(str(tmp_path / "o")).read().to_pylist()} & {ids[1], ids[12], ids[5]}
+    assert verify(str(tmp_path / "o"), deep=True).defects == []
 
 
 def test_embed_writes_one_row_a_sample_and_resumes(place: Path, ray_session: None) -> None:

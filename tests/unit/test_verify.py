@@ -65,7 +65,7 @@ def spoil(root: Path) -> None:
     (root / row["shard"]).write_bytes(data)
 
 
-DEFECTS: list[tuple[Callable[[Path], None], str]] = [
+DEFECTS: list[tuple[Callable[[Path], object], str]] = [
     (lambda root: (root / FIRST).unlink(), "does not exist"),
     (lambda root: (root / FIRST).write_bytes(b"PAR1 nothing"), "is not a readable parquet file"),
     (lambda root: manifest(root, samples=99), "says 99 samples, but its fragments have 24"),

@@ -327,6 +327,42 @@ def remove(corpora: tuple[str, ...], ids: str, as_json: bool) -> None:
 
 
 @cli.command(
+    short_help="Write the uids of a selection as a DataComp subset file.",
+    epilog=_example(
+        "clew subset runs/curated --out subset.npy",
+        "clew subset metadata/ --out subset.npy --top clip_l14_similarity_score=0.3",
+    ),
+)
+@click.argument("inputs", nargs=-1, required=True, metavar="CORPUS...|METADATA...")
+@click.option("--out", required=True, help="The .npy file to write.")
+@click.option("--min", "low", multiple=True, metavar="COLUMN=NUMBER", help="Of metadata: the lowest value allowed.")
+@click.option("--max", "high", multiple=True, metavar="COLUMN=NUMBER", help="Of metadata: the highest value allowed.")
+@click.option("--top", metavar="COLUMN=FRACTION", help="Of metadata: the fraction with the highest values.")
+@_json_option
+def subset(
+    inputs: tuple[str, ...], out: str, low: tuple[str, ...], high: tuple[str, ...], top: str | None, as_json: bool
+) -> None:
+    """Write the uids of corpora's samples, or of the rows of DataComp metadata files that pass, as a subset file.
+
+    The file is the one that DataComp's resharder reads: a sorted numpy array of dtype "u8,u8".
+    """
+    bounds = dict(_column_number("--min", word) for word in low), dict(_column_number("--max", word) for word in high)
+    best = None if top is None else _column_number("--top", top)
+    if best is not None and not 0 < best[1] <= 1:
+        raise ConfigError(f"--top {top}: the fraction must be above 0 and at most 1.")
+    _run("subset", None, False, as_json, lambda: _load("pipelines.datacomp:subset")(inputs, out, *bounds, best))
+
+
+def _column_number(option: str, word: str) -> tuple[str, float]:
+    """The two sides of COLUMN=NUMBER."""
+    name, _, number = word.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise ConfigError(f"{option} {word!r} must have the form COLUMN=NUMBER.") from None
+
+
+@cli.command(
     short_help="Make an HTML page of run folders.",
     epilog=_example("clew report runs/curated runs/model runs/eval --out runs/report.html"),
 )

@@ -28,6 +28,7 @@ from pipelines.plan import Plan, build_plan, dump_stages, parse_stages, segments
 from pipelines.stages.base import Stage
 from pipelines.stages.locate import Locate
 from pipelines.stages.removed import Removed
+from pipelines.view import write_view
 from pipelines.write import Placement, WriteConfig, carried, scatter, scatter_file, write_shards
 
 Stages = Annotated[
@@ -129,6 +130,11 @@ def run_key(plan: Plan, write: WriteConfig) -> str:
     return blake3("\0".join([*keys, config_digest(write)]).encode()).hexdigest(length=16)
 
 
+def corpus_lanes(plan: Plan, write: WriteConfig) -> int | None:
+    """The number of lanes of the curated corpus."""
+    return plan.corpus.lanes if write.view else write.lanes
+
+
 def _marker(out: str) -> str:
     return storage.join(out, ".nodes", "current.json")
 
@@ -182,14 +188,17 @@ def _run(plan: Plan, columns: list[str], cfg: CurateConfig, key: str) -> CurateR
             most = ", ".join(f"{count} {why}" for why, count in sorted(dropped.items(), key=lambda each: -each[1])[:4])
             broken = f"; {funnel['quarantined']} quarantined" if funnel["quarantined"] else ""
             raise DataError(f"No sample of {plan.corpus.root} was kept: {most or 'none dropped'}{broken}.")
-        reduce_node(plan, last)
-        execute(plan, {len(before): [splits]}, start=len(before))
-        shards = write_shards(plan, columns)
+        if cfg.write.view:
+            shards = write_view(plan, columns)
+        else:
+            reduce_node(plan, last)
+            execute(plan, {len(before): [splits]}, start=len(before))
+            shards = write_shards(plan, columns)
     manifest = Corpus(
         kind=plan.corpus.kind,
         samples=sum(fragment.samples for fragment in shards),
         quarantined=funnel["quarantined"],
-        lanes=cfg.write.lanes,
+        lanes=corpus_lanes(plan, cfg.write),
         fragments=shards,
     )
     if manifest.samples != funnel["kept"]:

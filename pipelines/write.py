@@ -46,6 +46,9 @@ class WriteConfig(Config):
     lanes: int = Field(64, ge=1, le=65536, description="lanes; at least the largest number of workers that will train")
     chunk_mib: float = Field(8.0, gt=0, description="MiB of one chunk (row group), the unit of reading; 8 to 16 suit")
     shard_mib: float = Field(128.0, gt=0, description="MiB of one shard, about")
+    view: bool = Field(
+        False, description="copy no bytes: rows in their order point to the shards of the input, whose lanes they keep"
+    )
     columns: tuple[str, ...] | None = Field(
         None,
         description="columns of stages to carry into the corpus, lists of numbers or texts too; None: all that hold "
@@ -204,8 +207,8 @@ def scatter_file(plan: Plan, number: int) -> str:
     return storage.join(plan.folder(plan.nodes[-1].number, "scatter"), f"{number:05d}.arrow")
 
 
-def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
-    """Send a fragment's kept rows to their output shards."""
+def kept_rows(plan: Plan, number: int, columns: Sequence[str]) -> pa.Table:
+    """A fragment's kept rows with the columns of every corpus and others, texts replaced where the config says so."""
     node = plan.nodes[-1]
     view = FragmentView(plan, number)
     wanted = [*sample_schema(plan.corpus.kind).names, *columns]
@@ -218,7 +221,13 @@ def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
     found = {name: view.column(name, plan.columns[name], positions) for name in names}
     table = pa.table({name: found[texts.get(name, name)] for name in wanted})
     content = contents(pa.table(found), plan.corpus.kind, settings)
-    table = table.set_column(table.schema.get_field_index("content"), "content", pa.array(content, pa.string()))
+    return table.set_column(table.schema.get_field_index("content"), "content", pa.array(content, pa.string()))
+
+
+def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
+    """Send a fragment's kept rows to their output shards."""
+    node, view = plan.nodes[-1], FragmentView(plan, number)
+    table = kept_rows(plan, number, columns)
     for name in PLACED.names:
         table = table.append_column(name, view.made(node.number, name))
     write_routed(scatter_file(plan, number), Routed(table, table["out_shard"].to_numpy()))

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from blake3 import blake3
 
+from cl.batches.plan import BatchPlan
+from cl.batches.reader import CorpusReader
 from cl.config import load_config, parse_config
 from cl.corpus import open_corpus
 from cl.errors import ConfigError, DataError
@@ -376,6 +378,43 @@ def test_what_was_removed_stays_away_and_the_run_stays_finished(tmp_path: Path, 
     assert (other.kept, other.dropped) == (17, {"remove/removed": 3})
     assert not {row["id"] for row in open_corpus(str(tmp_path / "o")).read().to_pylist()} & {ids[1], ids[12], ids[5]}
     assert verify(str(tmp_path / "o"), deep=True).defects == []
+
+
+def test_a_view_trains_like_a_copy_and_copies_nothing(tmp_path: Path, ray_session: None) -> None:
+    texts = ["house" if i % 4 == 1 else f"a red house number {i}" for i in range(24)]
+    samples = [Sample(f"k{i}", text, picture(i)) for i, text in enumerate(texts)]
+    alone = [Sample("alone", "house", picture(99))]
+    source = image_corpus(tmp_path / "c", [samples[:10], alone, samples[10:]])
+    fields: dict[str, Any] = {"corpus": source.root, "stages": [{"caption": {"min_words": 2}}]}
+    write = {"view": True, "columns": ["text_words"]}
+    view = curate(parse_config(CurateConfig, fields | {"out": str(tmp_path / "v"), "write": write}, "x"))
+    assert (view.kept, view.shards) == (18, 2)
+    corpus = open_corpus(str(tmp_path / "v"))
+    assert verify(corpus.root, deep=True).defects == []
+    assert not list((tmp_path / "v").rglob("*.tar"))
+    kept = [row for row, text in zip(source.read().to_pylist(), [*texts[:10], "house", *texts[10:]], strict=True)
+            if text != "house"]  # fmt: skip
+    rows = corpus.read().to_pylist()
+    assert [row.pop("text_words") for row in rows] == [5] * 18
+    assert rows == kept, "the very rows, in their order"
+    loader_plan = BatchPlan([corpus], 0, 6)
+    reader = CorpusReader(loader_plan, ["image", "text"])
+    images = {row["id"]: picture(int(row["key"][1:])) for row in kept}
+    seen = []
+    for step in range(loader_plan.steps_per_epoch):
+        at = loader_plan.step(0, step)
+        for chunk, row in zip(at.chunk.tolist(), at.row.tolist(), strict=True):
+            name = reader.rows(chunk).ids[row].astype(">i8").tobytes().hex()
+            assert reader.image(chunk, row) == images[name]
+            seen.append(name)
+    assert sorted(seen) == sorted(images)
+    # A view of a shuffled copy keeps its lanes, and a view can be curated again, with the same result as its source.
+    copy = curate(parse_config(CurateConfig, fields | {"out": str(tmp_path / "k"), "write": {"lanes": 4}}, "x"))
+    again = {"corpus": str(tmp_path / "k"), "out": str(tmp_path / "kv"), "stages": ["image_size"], "write": write}
+    assert curate(parse_config(CurateConfig, again | {"write": {"view": True}}, "x")).kept == copy.kept == 18
+    assert open_corpus(str(tmp_path / "kv")).lanes == 4
+    assert verify(str(tmp_path / "kv"), deep=True).defects == []
+    assert open_corpus(str(tmp_path / "kv")).read(["id"]) == open_corpus(str(tmp_path / "k")).read(["id"])
 
 
 def test_embed_writes_one_row_a_sample_and_resumes(place: Path, ray_session: None) -> None:

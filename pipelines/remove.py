@@ -4,7 +4,7 @@
 
 Only fragments that hold such a sample are rewritten, and the shards of theirs that belong to the corpus; a tar that it
 merely points to stays as it is, and is named. The ids become tombstones, which ingest and curate honour whatever they
-are asked to do again. Texts of removed samples also leave the lists of mined negatives and the annotated rows, and what
+are asked to do again. Texts of removed samples also leave the lists of mined texts and the annotated rows, and what
 a curation remembers in `.nodes` is deleted.
 
 Rewritten files have new names, and the manifest is the one commit: before it the old files are whole, after it the new
@@ -113,7 +113,7 @@ def _remove(corpus: Corpus, ids: list[str]) -> RemoveResult:
     for fragment in corpus.fragments:
         url = corpus.fragment_url(fragment)
         hit = pc.is_in(storage.read_table(url, ["id"])["id"], gone)
-        if not pc.any(hit).as_py() and not _names_a_text(url, corpus, texts):
+        if not pc.any(hit).as_py() and not _names_a_text(url, texts):
             continue
         table = storage.read_table(url)
         lost = table.filter(hit)
@@ -146,21 +146,30 @@ def _remove(corpus: Corpus, ids: list[str]) -> RemoveResult:
 
 
 def _texts(corpus: Corpus, gone: pa.Array) -> pa.Array:
-    """The positives of the samples to remove: mined negatives are verbatim copies of them."""
+    """The documents of the samples to remove: mined negatives of others are verbatim copies of them."""
+    column = "positive" if corpus.kind == "text-text" else "text"
     found: set[str] = set()
-    if corpus.kind == "text-text":
-        for fragment in corpus.fragments:
-            table = storage.read_table(corpus.fragment_url(fragment), ["id", "positive"])
-            found |= set(table.filter(pc.is_in(table["id"], gone))["positive"].to_pylist())
+    for fragment in corpus.fragments:
+        table = storage.read_table(corpus.fragment_url(fragment), ["id", column])
+        found |= set(table.filter(pc.is_in(table["id"], gone))[column].to_pylist())
     return pa.array(sorted(found), pa.string())
 
 
-def _names_a_text(url: str, corpus: Corpus, texts: pa.Array) -> bool:
-    """Whether a text is among a fragment's negatives."""
-    if corpus.kind != "text-text" or not len(texts):
+def _lists(schema: pa.Schema) -> list[str]:
+    """Columns of lists of texts."""
+    return [
+        field.name for field in schema if pa.types.is_list(field.type) and pa.types.is_string(field.type.value_type)
+    ]
+
+
+def _names_a_text(url: str, texts: pa.Array) -> bool:
+    """Whether a text is in a list of a fragment's rows."""
+    if not len(texts):
         return False
-    negatives = storage.read_table(url, ["negatives"])["negatives"].combine_chunks()
-    return bool(pc.any(pc.is_in(pc.list_flatten(negatives), texts)).as_py())
+    with storage.open_parquet(url) as file:
+        names = _lists(file.schema_arrow)
+        table = file.read(columns=names)
+    return any(pc.any(pc.is_in(pc.list_flatten(table[name].combine_chunks()), texts)).as_py() for name in names)
 
 
 def _rewrite(
@@ -210,21 +219,30 @@ def _put(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 
 def _without(table: pa.Table, texts: pa.Array) -> pa.Table:
-    """The rows without some texts among their negatives, and without what stands beside those in other lists."""
-    negatives = table["negatives"].to_pylist()
+    """The rows without some texts in their lists, and without what stands beside those in the lists that go with them.
+
+    With `negatives` go the columns `mined_...`, with `X_texts` the columns `X_...`, as the stage `mine` writes them.
+    """
     named = set(texts.to_pylist())
-    stay = [None if each is None else [text not in named for text in each] for each in negatives]
-    for name in table.column_names:
-        if not pa.types.is_list(table.schema.field(name).type):
+    for name in _lists(table.schema):
+        found = table[name].to_pylist()
+        stay = [None if each is None else [text not in named for text in each] for each in found]
+        if all(mask is None or all(mask) for mask in stay):
             continue
-        values = [
-            [value for value, stays in zip(each, mask, strict=True) if stays]
-            if each is not None and mask is not None and len(each) == len(mask)
-            else each
-            for each, mask in zip(table[name].to_pylist(), stay, strict=True)
-        ]
-        table = _put(table, name, pa.array(values, table.schema.field(name).type))
+        prefix = "mined_" if name == "negatives" else name.removesuffix("texts") if name.endswith("_texts") else name
+        for other in table.column_names:
+            kind = table.schema.field(other).type
+            if pa.types.is_list(kind) and (other == name or other.startswith(prefix)):
+                values = [_where(each, mask) for each, mask in zip(table[other].to_pylist(), stay, strict=True)]
+                table = _put(table, other, pa.array(values, kind))
     return table
+
+
+def _where(values: list[Any] | None, mask: list[bool] | None) -> list[Any] | None:
+    """The values that stay; all of them if the lists do not go together."""
+    if values is None or mask is None or len(values) != len(mask):
+        return values
+    return [value for value, stays in zip(values, mask, strict=True) if stays]
 
 
 def _copy_tar(corpus: Corpus, old: str, new: str, gone: set[int]) -> dict[int, int]:

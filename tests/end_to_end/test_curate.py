@@ -26,11 +26,14 @@ from cl.batches.reader import CorpusReader
 from cl.config import load_config, parse_config
 from cl.corpus import open_corpus
 from cl.errors import ConfigError, DataError
+from cl.training.config import TrainConfig
+from cl.training.run import train
 from pipelines.curate import CurateConfig, CurateResult, curate
 from pipelines.embed import EmbedConfig, embed
 from pipelines.remove import remove
 from pipelines.verify import verify
 from tests.curation_corpora import Sample, image_corpus, picture, text_corpus
+from tests.training_corpus import tiny_run
 from tests.unit.test_curation_plan import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,6 +356,13 @@ def test_mined_negatives_become_the_column_of_the_corpus(tmp_path: Path, ray_ses
         assert row["negatives"] == [positives[each] for each in row["mined_ids"]]
         assert row["positive"] not in row["negatives"]
         assert row["mined_scores"] == sorted(row["mined_scores"], reverse=True)
+    text = {"family": "open_clip", "part": "text"}
+    text |= {"config": {"context_length": 16, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}}  # type: ignore[dict-item]
+    model = {"embed_dim": 16, "towers": {"text": text}, "views": {"anchor": "text", "positive": "text"}}
+    extra = {"negatives": {"column": "negatives", "view": "positive", "most": 4}}
+    objective = {"name": "mined-negatives", "extra": ["negatives"]}
+    fields = tiny_run(str(tmp_path / "o"), tmp_path / "run", model=model, extra=extra, objective=objective, steps=3)
+    assert train(parse_config(TrainConfig, fields, "x")).steps == 3
 
 
 def test_what_was_removed_stays_away_and_the_run_stays_finished(tmp_path: Path, ray_session: None) -> None:

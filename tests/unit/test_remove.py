@@ -131,7 +131,10 @@ def test_texts_leave_the_negatives_of_others_and_the_annotated_rows(tmp_path: Pa
     negatives = pa.array([[pairs[j][1] for j in each] for each in mined], pa.list_(pa.string()))
     table = table.set_column(table.schema.get_field_index("negatives"), "negatives", negatives)
     names = pa.array([[ids[j] for j in each] for each in mined], pa.list_(pa.string()))
-    pq.write_table(table.append_column("mined_ids", names), path, row_group_size=4)
+    near = [[pairs[(i + 3) % 9][1], "another"] for i in range(9)]  # as long as the negatives, but of their own
+    table = table.append_column("mined_ids", names)
+    table = table.append_column("neighbour_texts", pa.array(near, pa.list_(pa.string())))
+    pq.write_table(table, path, row_group_size=4)
     run_plan(corpus, tmp_path / "o", [{"caption": {"min_words": 2}}])
     shutil.move(tmp_path / "o" / "annotated", tmp_path / "c" / "annotated")
     remove([corpus.root], listed(tmp_path, [ids[4]]))
@@ -139,6 +142,7 @@ def test_texts_leave_the_negatives_of_others_and_the_annotated_rows(tmp_path: Pa
     for row, number in zip(rows, [0, 1, 2, 3, 5, 6, 7, 8], strict=True):
         assert row["negatives"] == [pairs[j][1] for j in mined[number] if j != 4]
         assert row["mined_ids"] == [ids[j] for j in mined[number] if j != 4]
+        assert row["neighbour_texts"] == [text for text in near[number] if text != pairs[4][1]]
         assert row["content"] == text_pair_content(*pairs[number])
     for data in files(tmp_path / "c").values():
         assert b"answer 4 of the list" not in data

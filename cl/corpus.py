@@ -5,6 +5,7 @@
       samples/*.parquet      the light plane: one row a sample, one fragment a shard, row groups are read units
       quarantine/*.parquet   what could not be used: shard, key, stage, reason
       shards/*.tar           the heavy plane, if the corpus owns its bytes; else rows point to where they are
+      tombstones.parquet     ids that were taken down (cl/tombstones.py)
 
 There is one format before and after curation: what `clew ingest` writes (heavy bytes stay where they are) and
 what `clew curate` writes (bytes copied into new, shuffled shards) can be trained on, evaluated on, embedded and
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cl import storage
 from cl.errors import DataError
+from cl.tombstones import refuse_unfinished_removal
 
 FORMAT = "clew-corpus"
 VERSION = 1
@@ -133,13 +135,18 @@ class Corpus(BaseModel):
         storage.write_json(storage.join(root, "corpus.json"), self.model_dump(exclude={"root"}))
 
 
-def open_corpus(root: str) -> Corpus:
+def open_corpus(root: str, unfinished_removal: bool = False) -> Corpus:
     """Read and check a corpus's manifest.
 
+    Args:
+        unfinished_removal: open a corpus that samples are being removed from, which only `clew remove` may do.
+
     Raises:
-        DataError: nothing there, unfinished, another format, a newer version or no samples.
+        DataError: nothing there, unfinished, another format, a newer version, no samples, or a removal is not finished.
     """
     root = str(root).rstrip("/")
+    if not unfinished_removal:
+        refuse_unfinished_removal(root)
     path = storage.join(root, "corpus.json")
     if not storage.exists(root):
         raise DataError(f"Corpus {root} does not exist.")
@@ -155,6 +162,6 @@ def open_corpus(root: str) -> Corpus:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{path}: field {'.'.join(map(str, first['loc']))!r}: {first['msg']}.") from error
-    if corpus.samples == 0:
+    if corpus.samples == 0 and not unfinished_removal:
         raise DataError(f"Corpus {root} has no samples ({corpus.quarantined} were quarantined; see {root}/quarantine).")
     return corpus

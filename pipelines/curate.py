@@ -9,6 +9,7 @@ never interrupted; a finished run returns at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from blake3 import blake3
@@ -19,12 +20,15 @@ from cl.config import Config, config_digest
 from cl.corpus import Corpus, open_corpus
 from cl.errors import ConfigError, DataError
 from cl.run import write_run_info
+from cl.tombstones import refuse_unfinished_removal, tombstones_digest
 from pipelines.annotate import annotate, annotated_file, build_funnel, write_funnel
 from pipelines.execute import execute, reduce_node
 from pipelines.paths import absolute
 from pipelines.plan import Plan, build_plan, dump_stages, parse_stages, segments
 from pipelines.stages.base import Stage
 from pipelines.stages.locate import Locate
+from pipelines.stages.removed import Removed
+from pipelines.view import write_view
 from pipelines.write import Placement, WriteConfig, carried, scatter, scatter_file, write_shards
 
 Stages = Annotated[
@@ -72,8 +76,12 @@ def curate(cfg: CurateConfig) -> CurateResult:
     corpus = open_corpus(absolute(cfg.corpus))
     out = absolute(cfg.out)
     _check_places(corpus.root, out)
+    refuse_unfinished_removal(out)
     plan, columns = _plan(cfg, corpus, out)
     key = run_key(plan, cfg.write)
+    if removed := tombstones_digest(out):  # what was removed from a finished run leaves it finished
+        plan, columns = _plan(cfg, corpus, out, [Removed(root=out)])
+        key = f"{key}:{removed}"
     finished = _finished(plan, key)
     if finished is not None:
         return finished
@@ -103,12 +111,13 @@ def _check_places(corpus: str, out: str) -> None:
             raise ConfigError(f"out ({out}) holds something that `clew curate` did not write; give another folder.")
 
 
-def _plan(cfg: CurateConfig, corpus: Corpus, out: str) -> tuple[Plan, list[str]]:
-    """The plan with the stages around the user's: finding the bytes, and placing what is kept."""
+def _plan(cfg: CurateConfig, corpus: Corpus, out: str, first: Sequence[Stage] = ()) -> tuple[Plan, list[str]]:
+    """The plan with the stages around the user's: what comes first, finding the bytes, and placing what is kept."""
     model = None if cfg.model is None else absolute(cfg.model)
     stages: list[Stage] = [stage for stage in cfg.stages if not isinstance(stage, Locate)]
     if corpus.kind == "image-text":
         stages.insert(0, Locate())
+    stages = [*first, *stages]
     listed = build_plan(corpus, stages, out, cfg.seed, model)
     columns = carried(listed, cfg.write)
     complete = [*stages, Placement(settings=cfg.write)]
@@ -119,6 +128,11 @@ def run_key(plan: Plan, write: WriteConfig) -> str:
     """The key of everything that OUT holds."""
     keys = [node.key for node in plan.nodes]
     return blake3("\0".join([*keys, config_digest(write)]).encode()).hexdigest(length=16)
+
+
+def corpus_lanes(plan: Plan, write: WriteConfig) -> int | None:
+    """The number of lanes of the curated corpus."""
+    return plan.corpus.lanes if write.view else write.lanes
 
 
 def _marker(out: str) -> str:
@@ -174,14 +188,17 @@ def _run(plan: Plan, columns: list[str], cfg: CurateConfig, key: str) -> CurateR
             most = ", ".join(f"{count} {why}" for why, count in sorted(dropped.items(), key=lambda each: -each[1])[:4])
             broken = f"; {funnel['quarantined']} quarantined" if funnel["quarantined"] else ""
             raise DataError(f"No sample of {plan.corpus.root} was kept: {most or 'none dropped'}{broken}.")
-        reduce_node(plan, last)
-        execute(plan, {len(before): [splits]}, start=len(before))
-        shards = write_shards(plan, columns)
+        if cfg.write.view:
+            shards = write_view(plan, columns)
+        else:
+            reduce_node(plan, last)
+            execute(plan, {len(before): [splits]}, start=len(before))
+            shards = write_shards(plan, columns)
     manifest = Corpus(
         kind=plan.corpus.kind,
         samples=sum(fragment.samples for fragment in shards),
         quarantined=funnel["quarantined"],
-        lanes=cfg.write.lanes,
+        lanes=corpus_lanes(plan, cfg.write),
         fragments=shards,
     )
     if manifest.samples != funnel["kept"]:

@@ -22,6 +22,7 @@ from cl.corpus import Corpus, Fragment, Kind
 from cl.errors import DataError
 from cl.progress import progress
 from cl.run import write_run_info
+from cl.tombstones import refuse_unfinished_removal
 from pipelines.images import MAX_PIXELS
 from pipelines.inputs import Shard, find_shards
 from pipelines.ray_data import prepare_ray_data
@@ -92,6 +93,7 @@ def ingest(cfg: IngestConfig) -> IngestResult:
             raise DataError(f"columns.{name} is not used for {kind}: accepted are {', '.join(COLUMNS[kind])}.")
     out = _root(cfg.out)
     _refuse_foreign(out)
+    refuse_unfinished_removal(out)
     tasks = _tasks(cfg, shards, kind, out)
     check_columns(tasks[0])  # before Ray starts; the other tables are checked by their own tasks
     records = {task.number: record for task in tasks if (record := task.done())}
@@ -183,7 +185,10 @@ def _commit(records: list[dict[str, Any]], tasks: list[Task], kind: Kind, out: s
     """Check, sweep what older runs left, and write the manifest."""
     fragments = [
         Fragment(
-            path=task.samples_path, samples=record["samples"], shard=record["shard"], row_groups=record["row_groups"]
+            path=task.fragment_path(record),
+            samples=record["samples"],
+            shard=record["shard"],
+            row_groups=record["row_groups"],
         )
         for task, record in zip(tasks, records, strict=True)
         if record["samples"]
@@ -206,7 +211,7 @@ def _commit(records: list[dict[str, Any]], tasks: list[Task], kind: Kind, out: s
 def _sweep(records: list[dict[str, Any]], tasks: list[Task], out: str) -> None:
     """Delete fragments of earlier runs that are not part of this one."""
     wanted = {task.record_path for task in tasks}
-    wanted |= {task.samples_path for task, record in zip(tasks, records, strict=True) if record["samples"]}
+    wanted |= {task.fragment_path(record) for task, record in zip(tasks, records, strict=True) if record["samples"]}
     wanted |= {task.quarantine_path for task, record in zip(tasks, records, strict=True) if record["quarantined"]}
     for folder in ("samples", "quarantine", RECORDS):
         for name in storage.list_files(storage.join(out, folder)):

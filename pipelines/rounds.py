@@ -15,7 +15,7 @@ from pipelines.plan import Plan
 from pipelines.run_steps import NodeColumns
 from pipelines.shuffle import count_routed
 from pipelines.stages.keyed import GROUPS, Inbox, KeyedStage, Round, group_of_fragments
-from pipelines.streams import read_stream, stream_file, stream_folder, stream_name, write_streams
+from pipelines.streams import read_stream, read_written, stream_file, stream_folder, stream_name, write_streams
 
 # Runs tasks (round, iteration, task) anywhere and yields the seconds that each took, in any order.
 Runner = Callable[[Sequence[tuple[int, int, int]]], Iterator[float]]
@@ -44,7 +44,17 @@ def run_task(plan: Plan, node: int, number: int, iteration: int, task: int) -> f
         fragments = range(task, task + 1)
     if each.over == "groups":
         fragments = group_of_fragments(task, len(plan.corpus.fragments))
-    inbox = Inbox(task, streams, plan.partitions, columns, plan.corpus.kind, plan.seed, fragments)
+    inbox = Inbox(
+        task,
+        streams,
+        plan.partitions,
+        columns,
+        plan.corpus.kind,
+        plan.seed,
+        len(plan.corpus.fragments),
+        lambda stream, writer: read_written(plan, node, stream, writer),
+        fragments,
+    )
     write_streams(plan, node, each.run(inbox), each.writes, (after, task))
     return time.perf_counter() - start
 

@@ -7,6 +7,7 @@ says so. A record whose key still fits (same shard, size and version, same confi
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from cl import storage
 from cl.config import config_digest
 from cl.corpus import QUARANTINE_SCHEMA, Kind, sample_id, sample_schema, text_pair_content
+from cl.tombstones import read_tombstones
 from pipelines.inputs import Shard
 from pipelines.readers import ImageSample, Record, Rejected, TextSample
 from pipelines.readers.blocks import BlockReader
@@ -26,6 +28,7 @@ from pipelines.readers.text import TextReader
 
 # Raised whenever a reader's output changes for the same input, so that old fragments are made anew.
 READER_VERSION: Final = 1
+UNREADABLE: Final = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)  # of a file as a whole
 RECORDS: Final = ".ingest"  # folder of the records, within the corpus
 
 
@@ -58,6 +61,10 @@ class Task:
     def url(self, path: str) -> str:
         return storage.join(self.out, path)
 
+    def fragment_path(self, record: dict[str, Any]) -> str:
+        """Where the fragment of a record is: `clew remove` rewrites fragments under other names."""
+        return str(record.get("samples_path") or self.samples_path)
+
     def done(self) -> dict[str, Any] | None:
         """The record of this very work, if its files are there, else None."""
         if not storage.exists(self.url(self.record_path)):
@@ -65,11 +72,8 @@ class Task:
         record = storage.read_json(self.url(self.record_path))
         if not isinstance(record, dict) or record.get("key") != self.key:
             return None
-        paths = [
-            path
-            for path, rows in ((self.samples_path, "samples"), (self.quarantine_path, "quarantined"))
-            if record[rows]
-        ]
+        kept = (self.fragment_path(record), "samples")
+        paths = [path for path, rows in (kept, (self.quarantine_path, "quarantined")) if record[rows]]
         return record if all(storage.exists(self.url(path)) for path in paths) else None
 
 
@@ -84,10 +88,16 @@ def ingest_shard(task: Task) -> dict[str, Any]:
     rejected: list[Rejected] = []
     read = 0
 
+    gone = set(read_tombstones(task.out))
+
     def kept() -> Iterator[ImageSample | TextSample]:
         nonlocal read
         for record in _read(task):
             read += 1
+            if gone and isinstance(record, (ImageSample, TextSample)):
+                key = f"{task.shard.name}/{record.key}"
+                if sample_id(task.shard.source, key) in gone:
+                    record = Rejected(record.key, "removed", None)
             if isinstance(record, Rejected):
                 rejected.append(record)
             else:
@@ -139,10 +149,10 @@ def _read(task: Task) -> Iterator[Record]:
             with fs.open(path, "rb", compression="infer") as file:
                 yield from text.read_jsonl(file)
         else:
-            with fs.open(path, "rb") as file, pq.ParquetFile(file) as table:
+            with fs.open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as table:
                 text.check_parquet(table, shard.url)
                 yield from text.read_parquet(table)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         # A file that vanished, lost its rights or is no parquet: the other shards go on without it.
         yield Rejected(None, "unreadable_shard", f"{type(error).__name__}: {error}")
 
@@ -201,7 +211,7 @@ def check_columns(task: Task) -> None:
             with fs.open(path, "rb", compression="infer") as file:
                 text.check_jsonl(file, shard.url)
         elif shard.format == "parquet":
-            with fs.open(path, "rb") as file, pq.ParquetFile(file) as table:
+            with fs.open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as table:
                 text.check_parquet(table, shard.url)
-    except (OSError, EOFError, pa.ArrowException):
+    except UNREADABLE:
         return  # its task will quarantine it as unreadable

@@ -74,6 +74,12 @@ def to_everyone(table: pa.Table) -> Routed:
     return Routed(table, np.full(table.num_rows, EVERYONE))
 
 
+def read_whole(url: str) -> pa.Table:
+    """All rows of a file, by destination."""
+    with _opened(url) as (reader, _):
+        return reader.read_all().replace_schema_metadata(None)
+
+
 def count_routed(url: str) -> int:
     """Rows of a file, over all destinations."""
     with _opened(url) as (reader, _):

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from cl import storage
 from pipelines.plan import Plan
-from pipelines.shuffle import read_routed, write_routed
+from pipelines.shuffle import read_routed, read_whole, write_routed
 from pipelines.stages.keyed import KeyedStage, Streams
 
 
@@ -45,6 +45,11 @@ def read_stream(
     if iteration is not None:
         names = [name for name in names if name.startswith(f"{iteration:05d}-")]
     return read_routed([storage.join(folder, name) for name in names], destination) if names else None
+
+
+def read_written(plan: Plan, node: int, stream: str, task: int) -> pa.Table:
+    """All that one task of a round that does not repeat wrote to a stream, for whomever."""
+    return read_whole(stream_file(plan, node, stream, 0, task))
 
 
 def read_result(plan: Plan, node: int, fragment: int, partitions: int) -> pa.Table:

@@ -46,11 +46,17 @@ class WriteConfig(Config):
     lanes: int = Field(64, ge=1, le=65536, description="lanes; at least the largest number of workers that will train")
     chunk_mib: float = Field(8.0, gt=0, description="MiB of one chunk (row group), the unit of reading; 8 to 16 suit")
     shard_mib: float = Field(128.0, gt=0, description="MiB of one shard, about")
+    view: bool = Field(
+        False, description="copy no bytes: rows in their order point to the shards of the input, whose lanes they keep"
+    )
     columns: tuple[str, ...] | None = Field(
-        None, description="columns of stages to carry into the corpus; None: all that hold plain numbers and text"
+        None,
+        description="columns of stages to carry into the corpus, lists of numbers or texts too; None: all that hold "
+        "plain numbers and text",
     )
     replace: dict[str, str] = Field(
-        default_factory=dict, description="text of the corpus -> column that takes its place: {text: text_clean}"
+        default_factory=dict,
+        description="text of the corpus -> column that takes its place: {text: text_clean}, {negatives: mined_texts}",
     )
 
 
@@ -73,7 +79,8 @@ class Placement(GlobalStage):
 
     def needs(self, kind: Kind) -> list[str]:
         texts = [self.settings.replace.get(name, name) for name in text_fields(kind)]
-        return ["content", "meta", *(["length"] if kind == "image-text" else []), *texts]
+        lists = [self.settings.replace[name] for name in self.settings.replace if name not in text_fields(kind)]
+        return ["content", "meta", *(["length"] if kind == "image-text" else []), *texts, *lists]
 
     def makes(self, kind: Kind) -> list[pa.Field]:
         return list(PLACED)
@@ -87,6 +94,9 @@ class Placement(GlobalStage):
         for column in self.needs(rows.corpus.kind)[1:]:
             if column == "length":
                 size += rows.table[column].to_numpy()
+            elif pa.types.is_list(rows.table.schema.field(column).type):
+                texts = rows.table[column].to_pylist()
+                size += np.array([sum(len(text.encode()) for text in each or ()) for each in texts], np.int64)
             else:
                 size += np.array([len(text.encode()) for text in rows.texts(column)], np.int64)
         columns = [lanes.astype(np.int32), keyed_hash(rows.seed, ids, "order"), words[:, 0], words[:, 1], size]
@@ -152,13 +162,15 @@ def carried(plan: Plan, settings: WriteConfig) -> list[str]:
         ConfigError: a column that is asked for is not there, or holds vectors or bytes.
     """
     own = {*sample_schema(plan.corpus.kind).names, LANE_FIELD.name}
-    texts = text_fields(plan.corpus.kind)
+    texts = replaceable(plan.corpus.kind)
     for name, column in settings.replace.items():
         if name not in texts:
             raise ConfigError(f"write.replace: {name!r} is no text of this corpus; its texts are {', '.join(texts)}.")
         node = plan.columns.get(column)
-        if node is None or not pa.types.is_string(next(m.type for m in plan.made(node) if m.name == column)):
-            raise ConfigError(f"write.replace: no stage writes a text {column!r} to put in the place of {name!r}.")
+        wanted = sample_schema(plan.corpus.kind).field(name).type
+        if node is None or next(m.type for m in plan.made(node) if m.name == column) != wanted:
+            what = "texts" if pa.types.is_list(wanted) else "a text"
+            raise ConfigError(f"write.replace: no stage writes {what} {column!r} to put in the place of {name!r}.")
     extra = {name: plan.base.field(name) for name in plan.base.names if name not in own}
     for name, node in plan.columns.items():
         if node is not None:
@@ -174,9 +186,15 @@ def carried(plan: Plan, settings: WriteConfig) -> list[str]:
             raise ConfigError(f"write.columns: {name!r} is in every corpus and need not be listed.")
         if name not in extra:
             raise ConfigError(f"write.columns: no stage writes {name!r}; there are {', '.join(extra) or 'none'}.")
-        if not plain(extra[name].type):
-            raise ConfigError(f"write.columns: {name!r} holds {extra[name].type}; only numbers and text are carried.")
+        kind = extra[name].type
+        if not plain(kind.value_type if pa.types.is_list(kind) else kind):
+            raise ConfigError(f"write.columns: {name!r} holds {kind}; only numbers, text or lists of them are carried.")
     return list(settings.columns)
+
+
+def replaceable(kind: Kind) -> list[str]:
+    """What `write.replace` may name."""
+    return [*text_fields(kind), *(["negatives"] if kind == "text-text" else [])]
 
 
 def plain(kind: pa.DataType) -> bool:
@@ -189,8 +207,8 @@ def scatter_file(plan: Plan, number: int) -> str:
     return storage.join(plan.folder(plan.nodes[-1].number, "scatter"), f"{number:05d}.arrow")
 
 
-def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
-    """Send a fragment's kept rows to their output shards."""
+def kept_rows(plan: Plan, number: int, columns: Sequence[str]) -> pa.Table:
+    """A fragment's kept rows with the columns of every corpus and others, texts replaced where the config says so."""
     node = plan.nodes[-1]
     view = FragmentView(plan, number)
     wanted = [*sample_schema(plan.corpus.kind).names, *columns]
@@ -198,12 +216,18 @@ def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
     positions = view.alive(node.after)
     assert isinstance(node.stage, Placement)
     settings = node.stage.settings
-    texts = {name: settings.replace.get(name, name) for name in text_fields(plan.corpus.kind)}
+    texts = {name: settings.replace.get(name, name) for name in replaceable(plan.corpus.kind)}
     names = [texts.get(name, name) for name in wanted]
     found = {name: view.column(name, plan.columns[name], positions) for name in names}
     table = pa.table({name: found[texts.get(name, name)] for name in wanted})
     content = contents(pa.table(found), plan.corpus.kind, settings)
-    table = table.set_column(table.schema.get_field_index("content"), "content", pa.array(content, pa.string()))
+    return table.set_column(table.schema.get_field_index("content"), "content", pa.array(content, pa.string()))
+
+
+def scatter(plan: Plan, number: int, columns: Sequence[str]) -> None:
+    """Send a fragment's kept rows to their output shards."""
+    node, view = plan.nodes[-1], FragmentView(plan, number)
+    table = kept_rows(plan, number, columns)
     for name in PLACED.names:
         table = table.append_column(name, view.made(node.number, name))
     write_routed(scatter_file(plan, number), Routed(table, table["out_shard"].to_numpy()))

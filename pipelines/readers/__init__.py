@@ -32,6 +32,7 @@ REASONS: Final = {
     "truncated_shard": "the shard ends too early",
     "compressed_shard": "a compressed tar, in which nothing can be addressed by offset",
     "unreadable_shard": "a file that cannot be read at all",
+    "removed": "a sample that was taken down (clew remove)",
 }
 
 

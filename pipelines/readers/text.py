@@ -72,12 +72,18 @@ class TextReader:
             return
 
     def read_parquet(self, file: pq.ParquetFile) -> Iterator[Record]:
-        """Every row of a parquet file; columns of nested types do not go into `meta`."""
+        """Every row of a parquet file; columns of nested and binary types do not go into `meta`.
+
+        A row group that cannot be read costs its own rows, each of which is rejected; a value that cannot, its row.
+        """
         schema = file.schema_arrow
-        plain = [name for name in schema.names if not pa.types.is_nested(schema.field(name).type)]
-        wanted = [*plain, *([self.negatives] if self.negatives in schema.names and self.negatives not in plain else [])]
-        wanted = [name for name in wanted if not pa.types.is_binary(schema.field(name).type)]
-        yield from self._rows(row for batch in file.iter_batches(ROWS, columns=wanted) for row in batch.to_pylist())
+        wanted = [name for name in schema.names if name == self.negatives or _is_plain(schema.field(name).type)]
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        if sum(counts) != file.metadata.num_rows or min(counts, default=0) < 0:
+            counts = [1] * len(counts)  # a damaged footer: how many rows are lost nobody knows
+        yield from self._rows(
+            row for group, rows in enumerate(counts) for row in _group_rows(file, group, rows, wanted)
+        )
 
     def read_jsonl(self, file: IO[bytes]) -> Iterator[Record]:
         """Every line of a JSON lines file; blank lines do not count."""
@@ -87,7 +93,7 @@ class TextReader:
         seen: set[str] = set()
         for number, row in enumerate(rows):
             if isinstance(row, Rejected):
-                yield row
+                yield row._replace(key=str(number))
                 continue
             record = self._sample(str(number), row)
             if self.key is not None and isinstance(record, TextSample):
@@ -121,6 +127,44 @@ class TextReader:
         return TextSample(key, row[self.anchor].strip(), row[self.positive].strip(), negatives, text)
 
 
+def _group_rows(
+    file: pq.ParquetFile, group: int, count: int, columns: list[str]
+) -> Iterator[dict[str, Any] | Rejected]:
+    """The rows of a row group that holds `count`; those that cannot be read are rejected one by one."""
+    read = 0
+    try:
+        for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
+            batch.validate()  # offsets that damage has put out of order would be read as they are
+            yield from _batch_rows(batch)
+            read += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        why = " ".join(str(error).split())[:200]
+        for _ in range(read, count):
+            yield Rejected(None, "damaged_shard", f"row group {group} cannot be read: {why}")
+
+
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
+    """The rows of a batch; a value that is none in Python (no UTF-8, a date beyond the calendar) costs its row."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        rows = None
+    if rows is not None:
+        yield from rows
+        return
+    for row in range(batch.num_rows):
+        values: dict[str, Any] = {}
+        try:
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                values[name] = column[row].as_py()
+        except UnicodeDecodeError as error:
+            yield Rejected(None, "invalid_utf8", f"{name}: {error}")
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            yield Rejected(None, "wrong_type", f"{name}: {' '.join(str(error).split())}")
+        else:
+            yield values
+
+
 def missing_column(url: str, name: str, names: Iterable[str]) -> str:
     """The sentence for a column that is not there."""
     return (
@@ -131,6 +175,13 @@ def missing_column(url: str, name: str, names: Iterable[str]) -> str:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether a column holds one readable value a row."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return not (binary or pa.types.is_binary_view(kind) or pa.types.is_nested(kind))
 
 
 def _lines(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejected]:

@@ -6,7 +6,7 @@ row order inside a fragment, so results do not depend on the number of actors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -58,9 +58,7 @@ class Encoder:
     def _batches(self, rows: Rows, view: str, modality: str, broken: dict[int, str]) -> Any:
         size = self.batch_size
         if modality == "text":
-            texts = rows.texts(view)
-            for start in range(0, len(texts), size):
-                yield self._encode(view, self.inputs.texts(view, texts[start : start + size]))
+            yield self.texts(view, rows.texts(view))
             return
         batch: list[bytes] = []
         for row, data in enumerate(rows.images()):
@@ -79,6 +77,15 @@ class Encoder:
     def pictures(self, data: list[bytes]) -> np.ndarray:
         """float16 [B, D]: the embeddings of one batch of encoded images that can be decoded."""
         return self._encode("image", self.inputs.images("image", data))
+
+    def texts(self, view: str, texts: Sequence[str]) -> np.ndarray:
+        """float16 [n, D], each row of length 1: the embeddings of texts that a view of the model reads."""
+        size = self.batch_size
+        parts = [
+            self._encode(view, self.inputs.texts(view, texts[start : start + size]))
+            for start in range(0, len(texts), size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.config.embed_dim), np.float16)
 
     def _encode(self, view: str, inputs: Any) -> np.ndarray:
         """float16 [B, D], each row of length 1."""

@@ -39,6 +39,9 @@ class Inbox:
         streams: name -> the rows that were sent to it, in the order of the senders.
         partitions: how many partitions there are.
         columns: access to the columns of fragments that the stage needs.
+        all_fragments: how many fragments there are.
+        written: (stream, task) -> all that this task of an earlier round wrote to the stream, to whomever: what every
+            task needs is written once and not sent.
         fragments: those that the task stands for; none if it is a partition's.
     """
 
@@ -48,6 +51,8 @@ class Inbox:
     columns: Columns
     kind: Kind
     seed: int
+    all_fragments: int
+    written: Callable[[str, int], pa.Table]
     fragments: range = range(0)
 
 

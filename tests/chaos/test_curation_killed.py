@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -89,8 +90,13 @@ def test_a_curation_survives_kills_of_everything(tmp_path: Path) -> None:
                 if killed.total() == KILLS or not (workers := victims(driver, "worker")):
                     continue
                 kind = rng.choices(["worker", "driver", "node"], [6, 2, 1])[0]
-                chosen = {"worker": workers, "driver": [driver], "node": victims(driver, "node")}[kind]
-                for victim in chosen[:1] if kind != "worker" else [rng.choice(chosen)]:
+                nodes = victims(driver, "node") if kind == "node" else []
+                targets: dict[str, Sequence[subprocess.Popen[bytes] | psutil.Process]] = {
+                    "worker": [rng.choice(workers)],
+                    "driver": [driver],
+                    "node": nodes[:1],
+                }
+                for victim in targets[kind]:
                     victim.send_signal(signal.SIGKILL)
                     killed[kind] += 1
                     kills += 1

@@ -15,13 +15,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cl.config import parse_config
+from cl.batches.plan import BatchPlan
+from cl.batches.reader import CorpusReader
+from cl.config import load_config, parse_config
 from cl.corpus import open_corpus
 from cl.errors import ConfigError, DataError
+from cl.training.config import TrainConfig
+from cl.training.run import train
 from pipelines.curate import CurateConfig, CurateResult, curate
 from pipelines.embed import EmbedConfig, embed
+from pipelines.remove import remove
+from pipelines.verify import verify
 from tests.curation_corpora import Sample, image_corpus, picture, text_corpus
 from tests.curation_runs import STAGES, config, launch, make_place, tree
+from tests.training_corpus import tiny_run
+from tests.unit.test_curation_plan import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +240,95 @@ def test_text_pairs_and_curating_the_curated(tmp_path: Path, ray_session: None) 
     second = open_corpus(str(tmp_path / "oo")).read()
     assert second["id"].to_pylist() == table["id"].to_pylist(), "the order depends on ids and the seed alone"
     assert "anchor_words" in second.column_names
+
+
+def test_mined_negatives_become_the_column_of_the_corpus(tmp_path: Path, ray_session: None) -> None:
+    pairs = [(f"question {i} of the list", f"answer {i} to that question") for i in range(30)]
+    text_corpus(tmp_path / "c", [pairs[:13], pairs[13:]])
+    checkpoint(tmp_path / "m", text=True)
+    cfg = load_config(
+        CurateConfig,
+        "curate",
+        "mine-negatives",
+        [f"corpus={tmp_path}/c", f"model={tmp_path}/m", f"out={tmp_path}/o", "stages.3.mine.relative=null"],
+    )
+    assert curate(cfg).kept == 30
+    rows = open_corpus(str(tmp_path / "o")).read().to_pylist()
+    positives = {row["id"]: row["positive"] for row in rows}
+    for row in rows:
+        assert len(row["negatives"]) == row["mined_count"] == 7
+        assert row["negatives"] == [positives[each] for each in row["mined_ids"]]
+        assert row["positive"] not in row["negatives"]
+        assert row["mined_scores"] == sorted(row["mined_scores"], reverse=True)
+    text = {"family": "open_clip", "part": "text"}
+    text |= {"config": {"context_length": 16, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}}  # type: ignore[dict-item]
+    model = {"embed_dim": 16, "towers": {"text": text}, "views": {"anchor": "text", "positive": "text"}}
+    extra = {"negatives": {"column": "negatives", "view": "positive", "most": 4}}
+    objective = {"name": "mined-negatives", "extra": ["negatives"]}
+    fields = tiny_run(str(tmp_path / "o"), tmp_path / "run", model=model, extra=extra, objective=objective, steps=3)
+    assert train(parse_config(TrainConfig, fields, "x")).steps == 3
+
+
+def test_what_was_removed_stays_away_and_the_run_stays_finished(tmp_path: Path, ray_session: None) -> None:
+    samples = [Sample(f"k{i}", "a red house" if i % 5 else "house", picture(i)) for i in range(20)]
+    image_corpus(tmp_path / "c", [samples[:10], samples[10:]])
+    tree_of: dict[str, Any] = {"corpus": str(tmp_path / "c"), "out": str(tmp_path / "o"), "write": {"lanes": 4}}
+    cfg = parse_config(CurateConfig, tree_of | {"stages": [{"caption": {"min_words": 2}}]}, "x")
+    assert curate(cfg).kept == 16
+    ids = [row["id"] for row in open_corpus(str(tmp_path / "c")).read().to_pylist()]
+    (tmp_path / "ids.txt").write_text("\n".join([ids[1], ids[12], ids[5]]))  # the last was dropped already
+    [removed] = remove([str(tmp_path / "o")], str(tmp_path / "ids.txt"))
+    assert removed.removed == 2
+    assert verify(str(tmp_path / "o"), deep=True).defects == []
+    before = tree(tmp_path / "o")
+    again = curate(cfg)
+    assert (again.resumed, again.kept, again.dropped) == (
+        True,
+        14,
+        {"caption/too_few_words": 4, "remove/removed": 2},
+    )
+    assert tree(tmp_path / "o") == before
+    other = curate(parse_config(CurateConfig, tree_of | {"stages": ["caption"]}, "x"))
+    assert (other.kept, other.dropped) == (17, {"remove/removed": 3})
+    assert not {row["id"] for row in open_corpus(str(tmp_path / "o")).read().to_pylist()} & {ids[1], ids[12], ids[5]}
+    assert verify(str(tmp_path / "o"), deep=True).defects == []
+
+
+def test_a_view_trains_like_a_copy_and_copies_nothing(tmp_path: Path, ray_session: None) -> None:
+    texts = ["house" if i % 4 == 1 else f"a red house number {i}" for i in range(24)]
+    samples = [Sample(f"k{i}", text, picture(i)) for i, text in enumerate(texts)]
+    alone = [Sample("alone", "house", picture(99))]
+    source = image_corpus(tmp_path / "c", [samples[:10], alone, samples[10:]])
+    fields: dict[str, Any] = {"corpus": source.root, "stages": [{"caption": {"min_words": 2}}]}
+    write = {"view": True, "columns": ["text_words"]}
+    view = curate(parse_config(CurateConfig, fields | {"out": str(tmp_path / "v"), "write": write}, "x"))
+    assert (view.kept, view.shards) == (18, 2)
+    corpus = open_corpus(str(tmp_path / "v"))
+    assert verify(corpus.root, deep=True).defects == []
+    assert not list((tmp_path / "v").rglob("*.tar"))
+    kept = [row for row, text in zip(source.read().to_pylist(), [*texts[:10], "house", *texts[10:]], strict=True)
+            if text != "house"]  # fmt: skip
+    rows = corpus.read().to_pylist()
+    assert [row.pop("text_words") for row in rows] == [5] * 18
+    assert rows == kept, "the very rows, in their order"
+    loader_plan = BatchPlan([corpus], 0, 6)
+    reader = CorpusReader(loader_plan, ["image", "text"])
+    images = {row["id"]: picture(int(row["key"][1:])) for row in kept}
+    seen = []
+    for step in range(loader_plan.steps_per_epoch):
+        at = loader_plan.step(0, step)
+        for chunk, row in zip(at.chunk.tolist(), at.row.tolist(), strict=True):
+            name = reader.rows(chunk).ids[row].astype(">i8").tobytes().hex()
+            assert reader.image(chunk, row) == images[name]
+            seen.append(name)
+    assert sorted(seen) == sorted(images)
+    # A view of a shuffled copy keeps its lanes, and a view can be curated again, with the same result as its source.
+    copy = curate(parse_config(CurateConfig, fields | {"out": str(tmp_path / "k"), "write": {"lanes": 4}}, "x"))
+    again = {"corpus": str(tmp_path / "k"), "out": str(tmp_path / "kv"), "stages": ["image_size"], "write": write}
+    assert curate(parse_config(CurateConfig, again | {"write": {"view": True}}, "x")).kept == copy.kept == 18
+    assert open_corpus(str(tmp_path / "kv")).lanes == 4
+    assert verify(str(tmp_path / "kv"), deep=True).defects == []
+    assert open_corpus(str(tmp_path / "kv")).read(["id"]) == open_corpus(str(tmp_path / "k")).read(["id"])
 
 
 def test_embed_writes_one_row_a_sample_and_resumes(place: Path, ray_session: None) -> None:

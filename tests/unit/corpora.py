@@ -67,7 +67,7 @@ def image_corpus(
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 values = {
-                    "id": sample_id("test", str(number)),
+                    "id": sample_id("test", f"{number:06d}"),
                     "source": "test",
                     "key": f"{number:06d}",
                     "shard": f"shards/{f:05d}.tar",

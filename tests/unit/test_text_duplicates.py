@@ -251,7 +251,7 @@ def test_pairs_of_a_bucket_are_all_or_those_with_its_first_rows(cap: int) -> Non
     rank = np.array([3, 0, 1, 2, 0, 0, 0, 0.5])
     id0 = np.array([0, 8, 0, 0, 6, 0, 7, 0], np.uint64)
     table = pa.table([key, ref, rank, id0, np.zeros(8, np.uint64)], schema=ENTRIES)
-    inbox = Inbox(0, {"entries": table}, 1, None, "image-text", 0)  # type: ignore[arg-type]
+    inbox = Inbox(0, {"entries": table}, 1, None, "image-text", 0, 1, lambda stream, task: table)  # type: ignore[arg-type]
     found = TextDuplicate(max_bucket=cap)._pair(inbox)["pairs"].table
     pairs = set(zip(found["u"].to_pylist(), found["v"].to_pylist(), strict=True))
     buckets = [[7, 2, 3, 0], [4, 6, 1]]  # in the order (rank, id)

@@ -145,11 +145,14 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return cross_entropy(logits, torch.arange(2 * count).roll(count))
 
 
-def averaged(seen: Seen, momentum: float, teacher: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The moving average of the towers' tensors by formula (cosine to 1), and the teacher's own in the checkpoint."""
+def averaged(
+    seen: Seen, momentum: float, teacher: str, constant: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The moving average of the towers by formula (momentum constant, or a cosine to 1), and the checkpoint's own."""
     slow = dict(seen.weights[0])
     for step, now in enumerate(seen.weights[1:]):
-        share = (1 - momentum) * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS))) / 2
+        rise = 1.0 if constant else (1 + torch.cos(torch.tensor(torch.pi * step / STEPS)).item()) / 2
+        share = (1 - momentum) * rise
         slow = {name: value + share * (now[name] - value) for name, value in slow.items()}
     own = load_checkpoint_model(f"{seen.cfg.out}/checkpoints/step-{STEPS:08d}/teachers/{teacher}")[0].state_dict()
     return {name: slow[name] for name in own}, own

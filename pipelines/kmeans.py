@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 BLOCK = 8192  # points that are compared with the centroids at a time
+SUMMED = 65_536  # points that are float64 at a time
 SPLIT = 1 / 1024  # shift of the two centroids that come of one, of its length
 TRIALS = 3  # points drawn for each seed
 
@@ -56,9 +57,13 @@ def cluster_sums(points: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, n
     from scipy.sparse import csr_array
 
     clusters, place, sizes = np.unique(cluster, return_inverse=True, return_counts=True)
-    ones = np.ones(len(points))
-    member = csr_array((ones, (place, np.arange(len(points)))), shape=(len(clusters), len(points)))
-    return clusters.astype(np.int64), sizes.astype(np.int64), member @ points.astype(np.float64)
+    sums = np.zeros((len(clusters), points.shape[1]))
+    for start in range(0, len(points), SUMMED):
+        part = points[start : start + SUMMED].astype(np.float64)
+        ones, column = np.ones(len(part)), np.arange(len(part))
+        member = csr_array((ones, (place[start : start + SUMMED], column)), shape=(len(clusters), len(part)))
+        sums += member @ part
+    return clusters.astype(np.int64), sizes.astype(np.int64), sums
 
 
 def centres(sums: np.ndarray, sizes: np.ndarray, spherical: bool) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipelines.kmeans
 from pipelines.kmeans import assign, cluster_sums, fill_empty, kmeans, seeds
 from pipelines.plan import Plan, build_plan, parse_stages, segments
 from pipelines.rounds import here, run_rounds
@@ -172,7 +173,8 @@ def test_a_lost_reduction_goes_on_behind_its_last_round(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["centroids", "partial"]
 
 
-def test_nearest_centroid_ties_and_euclidean_distance() -> None:
+def test_nearest_centroid_ties_and_euclidean_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines.kmeans, "SUMMED", 16)
     rng = np.random.default_rng(3)
     points, centroids = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(5, 6)).astype(np.float32)
     centroids[3] = centroids[1]

@@ -99,7 +99,7 @@ def test_each_side_learns_a_temperature_of_its_own() -> None:
 def test_each_sample_has_a_temperature_between_the_bounds() -> None:
     of, rows = objective("infonce-per-sample", least=0.05, greatest=0.5), torch.randn(40, WIDTH).double()
     of.predict[0].weight.data.mul_(50)
-    found = of._tau(of.predict[0], rows)
+    found = of._tau(of.predict[0], rows).detach()
     assert 0.05 <= float(found.min()) < 0.1
     assert 0.4 < float(found.max()) <= 0.5
     with pytest.raises(ConfigError, match=r"least \(0.5\) must not be more than greatest \(0.1\)"):

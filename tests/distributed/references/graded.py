@@ -175,6 +175,9 @@ def supremix(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor
     def lot(stream: int, *counters: Tensor) -> Tensor:
         return randomness.uniform(seed + stream, step, *counters, dtype=torch.float64)
 
+    # the a-th smallest of n even numbers, from the ratios of successive ones
+    ratios = [lot(2 + p, keys[:, None], keys).neg().add(1) ** (1 / (a + b - 1 - p)) for p in range(a)]
+    shares = 1 - torch.stack(ratios).prod(0)
     anchors = [(name, i) for name in names for i in range(len(batch))]
     embedding = {(name, i): batch.views[name][i] for name, i in anchors}
     losses = {name: torch.zeros(len(batch), dtype=torch.float64) for name in names}
@@ -191,9 +194,7 @@ def supremix(batch: Batch, parameters: Parameters, settings: Settings) -> Tensor
             if gap == 0:
                 positives.append(logit)
             elif settings.get("mix_negatives", True):
-                chances = torch.stack([lot(2 + p, keys[i], keys[j]) for p in range(a)])
-                # the a-th smallest of n even numbers, from the ratios of successive ones
-                share = 1 - (chances.neg().add(1) ** (1 / (a + b - 1 - torch.arange(a, dtype=torch.float64)))).prod()
+                share = shares[i, j]
                 mixed = share * z + (1 - share) * embedding[other, j]
                 weight = 1 + (y[i] - (share * y[i] + (1 - share) * y[j])).abs()
                 denominator.append(scale * z @ mixed + weight.log() * settings.get("magnify", True))

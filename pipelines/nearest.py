@@ -111,7 +111,11 @@ class Nearest:
         values = np.concatenate([self.score[rows].ravel(), score])
         ids = np.concatenate([self.ids[rows].reshape(-1, 2), documents.ids[j]])
         refs = np.concatenate([self.refs[rows].ravel(), documents.refs[j]])
-        order = np.lexsort((ids[:, 1], ids[:, 0], -values, owner))
+        order = np.lexsort((-values, owner))
+        found, of = values[order], owner[order]
+        same = (found[1:] == found[:-1]) & (of[1:] == of[:-1]) & np.isfinite(found[1:])
+        if same.any():  # only ties need the ids
+            order = np.lexsort((ids[:, 1], ids[:, 0], -values, owner))
         owner = owner[order]
         place = np.arange(len(order)) - np.searchsorted(owner, owner)
         kept = place < self.count

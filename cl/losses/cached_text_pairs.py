@@ -31,7 +31,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     the masks are others.
 
     Args:
-        mini_batch_size: samples that are encoded at a time, all their columns.
+        mini_batch_size: samples that are encoded at a time, column by column.
         mini_batch_num_tokens: instead of it, how many tokens of one column are encoded at a time; a longer text is
             a part of its own.
         show_progress_bar: accepted; the trainer shows progress.
@@ -76,20 +76,21 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         columns = list(sentence_features)
+        names = [str(n) for n in range(len(columns))]
         spans = self._spans(columns)
         device = next(self.model.parameters()).device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
         def encode(span: slice, skip: Collection[str]) -> Mapping[str, Tensor]:
-            synchronised = _synchronised(self.model, span is spans[-1])
+            wanted = [name for name in names if name not in skip]
+            synchronised = _synchronised(self.model, span is spans[-1] and names[-1] in wanted)
             with synchronised, torch.autocast(device.type, autocast[1], enabled=autocast[0]):
-                parts = [_part(column, span) for column in columns]
-                return {str(n): self.model(part)["sentence_embedding"] for n, part in enumerate(parts)}
+                return {name: self.model(_part(columns[int(name)], span))["sentence_embedding"] for name in wanted}
 
         if not torch.is_grad_enabled():
             encoded = [encode(span, ()) for span in spans]
             return self.calculate_loss([[part[name] for part in encoded] for name in encoded[0]], labels)
-        batch = CachedBatch(encode, spans, device=device)
+        batch = CachedBatch(encode, spans, device=device, groups=[[name] for name in names])
         loss = batch.evaluate(lambda views: self._outcome(views, labels)).loss
         # The caller's `loss.backward()` starts the second pass.
         loss = loss.requires_grad_()

@@ -40,7 +40,7 @@ demo: $(READY) ## the whole job on the shipped corpus, in minutes: curate, train
 	@$(BIN)/clew demo
 
 test: lint ## lint, format, types, and all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 --durations-min=10
+	@$(BIN)/python -m pytest -n 2 --durations=15 --durations-min=10
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -48,7 +48,7 @@ lint: $(READY) ## ruff and mypy
 	@$(BIN)/mypy
 
 unit: $(READY) ## the fast tests alone
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not chaos'
+	@$(BIN)/python -m pytest -n 2 -m 'not slow and not chaos'
 
 chaos: $(READY) ## tests that kill processes at random, a hundred times in a curation
 	@CLEW_KILLS=100 $(BIN)/python -m pytest -m chaos

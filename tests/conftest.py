@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,15 +23,23 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What starts Ray, and what shares the pool of gloo processes.
+RAY = ("tests/chaos/", "tests/end_to_end/", "tests/unit/test_loader.py", "tests/unit/test_text_stages.py")
+POOL = "tests/distributed/"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under pytest-xdist, what starts Ray shares one worker process, and what shares the gloo pool another.
 
-    Two Rays at a time would starve each other; one pool serves all tests of its group.
+    Two Rays at a time would starve each other; one pool serves all its tests. (Marks of the group do nothing under
+    pytest 9.2, whose node ids pytest-xdist 3.8 cannot change.)
     """
-    for item in items:
-        folders = set(item.path.parts)
-        if folders & {"end_to_end", "chaos"} or "ray_session" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif "distributed" in folders:
-            item.add_marker(pytest.mark.xdist_group("pool"))
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(RAY):
+                return "ray"
+            return "pool" if nodeid.startswith(POOL) else nodeid
+
+    return Groups(config, log)

@@ -54,6 +54,7 @@ class Batch:
         key: integer of 63 bits fixed by (seed, epoch, step), the same on all workers, for the step's random choices.
         labels: name -> int64 or float32 [B] or [B, K] (`cl.batches.labels`); 0 where padded.
         extra: name -> further texts of the samples.
+        stored: view -> embeddings that were made before, float32 [B, D]; 0 where padded (`cl.batches.stored`).
     """
 
     views: Mapping[str, Tensor | dict[str, Tensor]]
@@ -65,6 +66,7 @@ class Batch:
     key: int
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Further] = field(default_factory=dict)
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -95,4 +97,5 @@ class Batch:
             weight=change(self.weight),
             labels={name: change(label) for name, label in self.labels.items()},
             extra={name: further.each(change) for name, further in self.extra.items()},
+            stored={name: change(embeddings) for name, embeddings in self.stored.items()},
         )

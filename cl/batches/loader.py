@@ -29,6 +29,7 @@ from cl.batches.labels import Label
 from cl.batches.plan import BatchPlan, StepSamples
 from cl.batches.quarantine import Quarantine
 from cl.batches.reader import CorpusReader
+from cl.batches.stored import StoredView
 from cl.corpus import VIEWS
 from cl.encoders.inputs import Inputs
 from cl.errors import ConfigError
@@ -50,6 +51,7 @@ class _Pending:
     weight: np.ndarray
     labels: dict[str, np.ndarray]
     extra: dict[str, list[list[str]]]
+    stored: dict[str, np.ndarray]
     blocks: list[Future[None]]
 
 
@@ -69,6 +71,7 @@ class Loader:
         pin_memory: put batches into page-locked memory (for copies to a GPU).
         labels: what else is wanted of each sample (`cl.batches.labels.open_labels`).
         extra: further texts of each sample (`cl.batches.extra.open_extra`).
+        stored: embeddings of each sample that are on disk (`cl.batches.stored.open_stored`).
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Loader:
         pin_memory: bool = False,
         labels: Sequence[Label] = (),
         extra: Sequence[ExtraTexts] = (),
+        stored: Sequence[StoredView] = (),
     ) -> None:
         if not 0 <= rank < world or workers < 1 or prefetch < 0:
             raise ConfigError(
@@ -99,7 +103,8 @@ class Loader:
         self._draws = {view: inputs.draw_key(view) for view, spec in inputs.views.items() if spec.augmentation}
         self._quarantine = Quarantine(Path(quarantine) if quarantine is not None else None)
         lists = [each.config.column for each in extra]
-        self._reader = CorpusReader(plan, self._fields, cache_mib, labels, lists)
+        self.stored = stored
+        self._reader = CorpusReader(plan, self._fields, cache_mib, labels, lists, stored)
 
     @property
     def quarantined(self) -> int:
@@ -166,6 +171,7 @@ class Loader:
             np.zeros(rows, np.float32),
             {label.name: label.empty(rows) for label in self.labels},
             {each.name: [[] for _ in range(rows)] for each in self.extra},
+            {each.name: each.empty(rows) for each in self.stored},
             [],
         )
         for first in range(0, len(samples), _BLOCK):
@@ -181,6 +187,8 @@ class Loader:
             made.ids[at], made.content[at], made.weight[at] = rows.ids[row], rows.content[row], 1
             for name, label in made.labels.items():
                 label[at] = rows.labels[name][row]
+            for name, embeddings in made.stored.items():
+                embeddings[at] = rows.stored[name][row]
             for each in self.extra:
                 texts = rows.texts(each.config.column, row)
                 made.extra[each.name][at] = each.choose(texts, self.plan.seed, int(samples.turn[at]), made.ids[at])
@@ -234,6 +242,7 @@ class Loader:
             int(mix(self.plan.seed, _BATCH, epoch, step)) >> 1,
             {name: torch.from_numpy(label) for name, label in made.labels.items()},
             {each.name: each.batch(made.extra[each.name], self.inputs, self._fields) for each in self.extra},
+            {name: torch.from_numpy(embeddings) for name, embeddings in made.stored.items()},
         )
         return batch.pinned() if self.pin_memory else batch
 

@@ -24,6 +24,7 @@ from cl import storage
 from cl.batches.cache import BoundedCache
 from cl.batches.labels import Label
 from cl.batches.plan import BatchPlan
+from cl.batches.stored import StoredView
 from cl.corpus import VIEWS, normal_text
 from cl.errors import DataError
 
@@ -42,6 +43,7 @@ class ChunkRows:
         table: the columns that the fields need.
         shard: URL of the chunk's shards and whether it is local, by the name in the column `shard`.
         labels: name -> [n] or [n, K].
+        stored: view -> stored embeddings, float32 [n, D].
     """
 
     ids: np.ndarray
@@ -49,6 +51,7 @@ class ChunkRows:
     table: pa.Table
     shard: dict[str, tuple[str, bool]]
     labels: dict[str, np.ndarray]
+    stored: dict[str, np.ndarray]
 
     def text(self, column: str, row: int) -> str:
         """One string."""
@@ -76,6 +79,7 @@ class CorpusReader:
         cache_mib: bound on rows and remote image bytes kept in memory, MiB.
         labels: what else is wanted of each sample.
         lists: columns of lists of texts that are wanted.
+        stored: embeddings on disk that are wanted.
     """
 
     def __init__(
@@ -85,8 +89,9 @@ class CorpusReader:
         cache_mib: int = 1024,
         labels: Sequence[Label] = (),
         lists: Sequence[str] = (),
+        stored: Sequence[StoredView] = (),
     ) -> None:
-        self.plan, self.labels = plan, labels
+        self.plan, self.labels, self.stored = plan, labels, stored
         modalities = VIEWS[plan.kind]
         self._columns = ["id", "content", *(field for field in fields if modalities[field] == "text")]
         if any(modalities[field] == "image" for field in fields):
@@ -164,9 +169,12 @@ class CorpusReader:
         for name in pc.unique(table["shard"]).to_pylist() if "shard" in table.column_names else ():
             place = corpus.shard_url(name)
             shard[name] = (place, storage.is_local(place))
+        keys = table["id"].to_pylist() if self.stored else []
+        stored = {each.name: each.read(where.corpus, where.fragment, keys) for each in self.stored}
         light = table.select([name for name in self._columns if name not in ("id", "content")]).combine_chunks()
-        held = light.nbytes + ids.nbytes + content.nbytes + sum(label.nbytes for label in labels.values())
-        return ChunkRows(ids, content, light, shard, labels), int(held)
+        held = light.nbytes + ids.nbytes + content.nbytes
+        held += sum(value.nbytes for value in [*labels.values(), *stored.values()])
+        return ChunkRows(ids, content, light, shard, labels, stored), int(held)
 
     def _content(self, table: pa.Table, field: str, modality: str) -> np.ndarray:
         if modality == "image":

@@ -3,6 +3,7 @@
     teachers:
       ema: {kind: ema, views: [image_1, image_2], momentum: 0.996}    # image_1_ema, image_2_ema
       big: {kind: frozen, weights: runs/large-clip, views: [image]}   # image_big
+      old: {kind: stored, embeddings: runs/embeddings}                # image_old, text_old
 
 An `ema` teacher follows the towers that it reads its views with (He et al. 2020, "Momentum Contrast for Unsupervised
 Visual Representation Learning", eq. 2):
@@ -12,8 +13,9 @@ Visual Representation Learning", eq. 2):
                                                          Latent", section 3.2), or m_0 throughout
 
 A `frozen` teacher is a model of its own: a Clew checkpoint or run with its own towers, picture size and tokenizer, or
-an open_clip .safetensors file for towers like those that are trained. Teachers run in evaluation mode: no dropout. An
-`ema` teacher gives whatever its views give (`image_1_features_ema`), a frozen one their embeddings.
+an open_clip .safetensors file for towers like those that are trained. A `stored` teacher is what `clew embed` wrote of
+the corpora that are trained on: the embeddings of whole samples, without augmentation. Teachers run in evaluation mode:
+no dropout. An `ema` teacher gives whatever its views give (`image_1_features_ema`), the others their embeddings.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cl import storage
+from cl.batches.stored import StoredView, open_stored
 from cl.config import Config
+from cl.corpus import Corpus
 from cl.encoders.checkpoint import checkpoint_config, find_checkpoint, load_checkpoint_model, localised
 from cl.encoders.config import ModelConfig
 from cl.encoders.inputs import Inputs, TextInput, ViewInput
@@ -71,17 +75,35 @@ class FrozenTeacherConfig(_TeacherConfig):
         return self.weights.endswith(".safetensors")
 
 
+class StoredTeacherConfig(_TeacherConfig):
+    """Embeddings on disk."""
+
+    kind: Literal["stored"] = Field(description="embeddings that clew embed wrote")
+    embeddings: list[str] = Field(
+        min_length=1, description="folder or URL of clew embed's output; of several corpora a list, in their order"
+    )
+
+    @field_validator("embeddings", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 def _by_kind(value: Any) -> Any:
     """Validate a teacher with the config of its kind."""
-    kinds: dict[Any, type[_TeacherConfig]] = {"ema": EmaTeacherConfig, "frozen": FrozenTeacherConfig}
+    kinds: dict[Any, type[_TeacherConfig]] = {
+        "ema": EmaTeacherConfig,
+        "frozen": FrozenTeacherConfig,
+        "stored": StoredTeacherConfig,
+    }
     if not isinstance(value, dict):
         return value
     if value.get("kind") not in kinds:
-        raise ValueError("a teacher has the field kind, which is ema or frozen")
+        raise ValueError("a teacher has the field kind, which is ema, frozen or stored")
     return kinds[value["kind"]].model_validate(value)
 
 
-AnyTeacherConfig = EmaTeacherConfig | FrozenTeacherConfig
+AnyTeacherConfig = EmaTeacherConfig | FrozenTeacherConfig | StoredTeacherConfig
 TeacherConfig = Annotated[AnyTeacherConfig, BeforeValidator(_by_kind)]
 
 
@@ -176,10 +198,30 @@ def build_teachers(
     Raises:
         ClewError: weights that are not there or do not fit.
     """
-    return {name: _build(name, config, cfg, model) for name, config in configs.items()}
+    return {
+        name: _build(name, config, cfg, model)
+        for name, config in configs.items()
+        if not isinstance(config, StoredTeacherConfig)
+    }
 
 
-def _build(name: str, config: AnyTeacherConfig, cfg: ModelConfig, model: EncoderModel) -> Teacher:
+def stored_views(
+    configs: Mapping[str, AnyTeacherConfig], cfg: ModelConfig, corpora: Sequence[Corpus]
+) -> list[StoredView]:
+    """What the `stored` teachers give: embeddings that the loader reads with each sample.
+
+    Raises:
+        ConfigError: folders that do not fit the corpora, or lack a view.
+    """
+    return [
+        open_stored(teacher_view(view, name), str(cfg.each_view[view].of), config.embeddings, corpora, name)
+        for name, config in configs.items()
+        if isinstance(config, StoredTeacherConfig)
+        for view in _views(config, cfg)
+    ]
+
+
+def _build(name: str, config: EmaTeacherConfig | FrozenTeacherConfig, cfg: ModelConfig, model: EncoderModel) -> Teacher:
     views = _views(config, cfg)
     part = cfg.of_views(views)
     if isinstance(config, EmaTeacherConfig):

@@ -103,6 +103,8 @@ def absolute(cfg: TrainConfig) -> TrainConfig:
     for teacher in data["teachers"].values():
         if "weights" in teacher:
             teacher["weights"] = place(teacher["weights"])
+        if "embeddings" in teacher:
+            teacher["embeddings"] = [place(folder) for folder in teacher["embeddings"]]
     return TrainConfig.model_validate(data)
 
 

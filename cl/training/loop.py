@@ -28,7 +28,7 @@ from cl.batches.loader import Loader
 from cl.batches.mixture import make_plan
 from cl.corpus import open_corpus
 from cl.encoders import build_inputs, build_model
-from cl.encoders.teacher import build_teachers, with_teachers
+from cl.encoders.teacher import build_teachers, stored_views, with_teachers
 from cl.engine.collectives import Workers
 from cl.objectives import build_objective
 from cl.pairs import Clock
@@ -85,6 +85,7 @@ class _Run:
         self.plan, self.labels = plan, open_labels(cfg.labels, plan.corpora)
         self.inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
         self.extra = open_extra(cfg.extra, plan.corpora, self.inputs)
+        self.stored = stored_views(cfg.teachers, cfg.model, plan.corpora)
         steps = cfg.total_steps(plan.steps_per_epoch)
         self.length = RunLength(steps, plan.steps_per_epoch, plan.samples, cfg.batch_size)
         self.model = build_model(cfg.model, seed=cfg.seed)
@@ -212,6 +213,7 @@ class _Run:
             pin_memory=self.device.type == "cuda",
             labels=self.labels,
             extra=self.extra,
+            stored=self.stored,
         )
 
     def _progress(self) -> Progress:

@@ -15,7 +15,7 @@ from cl.batches.plan import BatchPlan
 from cl.corpus import open_corpus
 from cl.encoders import build_inputs
 from cl.encoders.model import check_model
-from cl.encoders.teacher import with_teachers
+from cl.encoders.teacher import stored_views, with_teachers
 from cl.errors import ClewError
 from cl.run import write_run_info
 from cl.training.callbacks import build_callbacks
@@ -93,6 +93,7 @@ def check_run(cfg: TrainConfig) -> BatchPlan:
     check_views(plan, inputs)
     open_labels(cfg.labels, plan.corpora)
     open_extra(cfg.extra, plan.corpora, inputs)
+    stored_views(cfg.teachers, cfg.model, plan.corpora)
     return plan
 
 

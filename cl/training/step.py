@@ -18,6 +18,7 @@ from cl.encoders import EncoderModel
 from cl.encoders.teacher import Teacher, teacher_view
 from cl.engine.cache import CachedBatch
 from cl.engine.collectives import Workers
+from cl.engine.normalise import unit
 from cl.engine.outcome import Outcome
 from cl.objectives import Objective
 from cl.pairs import Clock, Extra, Pairs
@@ -117,6 +118,8 @@ class TrainStep(nn.Module):
             for name, further in batch.extra.items()
         }
         views = {name: view for name, view in views.items() if name not in extra}
+        kind = next(iter(views.values())).dtype
+        views |= {name: unit(embeddings.to(kind)) for name, embeddings in batch.stored.items()}
         finite = torch.stack([view.detach().isfinite().flatten(1).all(dim=1) for view in views.values()]).all(dim=0)
         words = self.model.words({view: batch.views[view] for view in self._own_views(batch)})
         pairs = Pairs(

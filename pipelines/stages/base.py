@@ -19,6 +19,7 @@ order of arrival or the clock.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -159,13 +160,13 @@ class PixelStage(RowStage):
     drops: ClassVar[bool] = True
     pixels: ClassVar[bool] = True
 
+    @abstractmethod
     def measure(self, pixels: np.ndarray) -> Any:
         """What the stage keeps of one image, uint8 [H, W, 3], its short side at least `heavy.SHORT_SIDE` or its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, rows: Rows, measured: list[Any]) -> Output:
         """Columns and drops from the measures of the rows' images."""
-        raise NotImplementedError
 
 
 class Columns(Protocol):
@@ -189,17 +190,17 @@ class Context:
 class GlobalStage(Stage):
     """A stage that needs the whole corpus: partials by fragment, one reduction, an application to each fragment."""
 
+    @abstractmethod
     def partial(self, rows: Rows) -> pa.Table:
         """The little that the reduction needs of a fragment; may have any number of rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduce(self, partials: Sequence[pa.Table], context: Context) -> pa.Table | list[pa.Table]:
         """One table that every fragment gets, or a list with one for each fragment."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         """Columns and drops of the rows of one fragment."""
-        raise NotImplementedError
 
 
 def reasons(rows: int, masks: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -13,6 +13,7 @@ evaluation sample is looked for as a whole in one training sample; several evalu
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -71,13 +72,13 @@ class Decontaminate(GlobalStage):
     def reduce(self, partials: Sequence[pa.Table], context: Context) -> pa.Table:
         return pa.concat_tables(self.index(context.kind))
 
+    @abstractmethod
     def index(self, kind: Kind) -> Iterator[pa.Table]:
         """The evaluation samples: `id`, and what is compared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, rows: Rows, index: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """For each row the place in the index of what it holds, or -1, int64 [n], and how sure that is, float32 [n]."""
-        raise NotImplementedError
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         place, score = self.find(rows, reduced)

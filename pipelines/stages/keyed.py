@@ -15,6 +15,7 @@ there in the lower.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -83,17 +84,17 @@ class KeyedStage(Stage):
     sends: ClassVar[tuple[str, ...]] = ()  # streams that `partial` writes
     result: ClassVar[str] = "verdicts"  # the stream, sent to fragments, that `apply` reads
 
+    @abstractmethod
     def partial(self, rows: Rows, partitions: int) -> Streams:
         """What a fragment sends to the first round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rounds(self) -> list[Round]:
         """The rounds in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         """Columns and drops of the rows of one fragment from what the rounds sent to it."""
-        raise NotImplementedError
 
 
 def group_of_fragments(group: int, fragments: int) -> range:

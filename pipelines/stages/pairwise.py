@@ -15,6 +15,7 @@ The order is (rank, id), rank being one rule: the id alone, the order of the cor
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -77,25 +78,25 @@ class PairwiseDuplicates(KeyedStage):
             raise ValueError("give one of keep, best and sources: ties go to the smaller id")
         return self
 
+    @abstractmethod
     def describe(self, rows: Rows) -> Described:
         """Digests, keys and sketches of the rows of a fragment."""
-        raise NotImplementedError
 
     def plausible(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """bool [pairs]: whether rows of these sketches, uint64 [pairs], can be alike."""
         return np.ones(len(left), bool)
 
+    @abstractmethod
     def payload(self, columns: Columns, fragment: int, rows: np.ndarray, kind: Kind) -> pa.Array:
         """What is needed to compare some rows of a fragment, one value a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def alike(self, left: pa.Array, i: np.ndarray, right: pa.Array, j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How alike the pairs (left[i], right[j]) are, float32 [pairs], and whether that is enough, bool [pairs]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def size(self, rows: Rows) -> np.ndarray:
         """float64 [n]: what `keep: largest` compares."""
-        raise NotImplementedError
 
     def rule_columns(self) -> list[str]:
         """Columns that the order needs; a subclass adds those of `size`."""

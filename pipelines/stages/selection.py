@@ -13,6 +13,7 @@ everything. What a task holds is its share of the keys, 32 bytes a row, and a fe
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,9 +88,9 @@ class Selection(KeyedStage):
         """The digits that are counted."""
         return FLOAT32
 
+    @abstractmethod
     def quotas(self, groups: Groups) -> np.ndarray:
         """int64 [g]: how many rows of each group stay."""
-        raise NotImplementedError
 
     def send_keys(
         self, keys: Keys, partitions: int, taking_part: np.ndarray | None = None, above: Sequence[np.ndarray] = ()

@@ -160,15 +160,17 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{url} is not a readable parquet file: {error}.") from error
 
 
-def sweep_temporary(url: str) -> int:
-    """Delete what killed writers left directly in a folder; returns how many files."""
+def sweep_temporary(url: str, deep: bool = False) -> int:
+    """Delete what killed writers left directly in a folder, or (`deep`) anywhere below it; returns how many files."""
     if not is_local(url):
         return 0
-    folder = open_fs(url)[1]
     swept = 0
-    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-        if entry.name.startswith(TEMPORARY) and entry.is_file():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(entry.path)
-                swept += 1
+    for folder, _, names in os.walk(open_fs(url)[1]):
+        for name in names:
+            if name.startswith(TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+                    swept += 1
+        if not deep:
+            break
     return swept

@@ -194,6 +194,7 @@ def _run(plan: Plan, columns: list[str], cfg: CurateConfig, key: str) -> CurateR
             reduce_node(plan, last)
             execute(plan, {len(before): [splits]}, start=len(before))
             shards = write_shards(plan, columns)
+    storage.sweep_temporary(plan.out, deep=True)  # of workers that died while the run went on
     manifest = Corpus(
         kind=plan.corpus.kind,
         samples=sum(fragment.samples for fragment in shards),

@@ -24,12 +24,13 @@ from cl.tombstones import refuse_unfinished_removal, tombstones_digest
 from pipelines.annotate import annotate, annotated_file, build_funnel, write_funnel
 from pipelines.execute import execute, reduce_node
 from pipelines.paths import absolute
+from pipelines.placement import Placement, WriteConfig
 from pipelines.plan import Plan, build_plan, dump_stages, parse_stages, segments
 from pipelines.stages.base import Stage
 from pipelines.stages.locate import Locate
 from pipelines.stages.removed import Removed
 from pipelines.view import write_view
-from pipelines.write import Placement, WriteConfig, carried, scatter, scatter_file, write_shards
+from pipelines.write import carried, scatter, scatter_file, write_shards
 
 Stages = Annotated[
     list[Stage], PlainValidator(parse_stages), PlainSerializer(dump_stages, return_type=list[dict[str, Any]])

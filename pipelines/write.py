@@ -1,158 +1,35 @@
 """Write a curated corpus: globally shuffled within lanes, in shards of a target size, byte for byte the same each time.
 
-A sample's lane is a keyed hash of its content modulo the number of lanes, so equal content shares a lane and never
-meets itself as a negative (`cl/batches/plan.py`). Within a lane the order is a keyed hash of the id. A lane is cut into
-chunks, which are the row groups of the light plane and, as contiguous members of a shard, what training reads at once.
-
-Three steps: a global node (`Placement`) decides where each sample goes, every input fragment is split by output shard
-(`scatter`), and every output shard is written by one task (`write_shard`): the tar first, its table last.
+Three steps: a keyed node says where each sample goes (`pipelines/placement.py`), every input fragment is split by
+output shard (`scatter`), and every output shard is written by one task (`write_shard`): the tar first, its table last.
+Chunks are the row groups of the light plane and, as contiguous members of a shard, what training reads at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from cl import storage
-from cl.config import Config
-from cl.corpus import LANE_FIELD, Fragment, Kind, content_hash, sample_schema, text_pair_content
+from cl.corpus import LANE_FIELD, Fragment, Kind, content_hash, sample_schema
 from cl.errors import ConfigError, DataError
 from cl.progress import progress
 from pipelines.execute import fragments_through_ray, user_errors
 from pipelines.heavy import read_rows
-from pipelines.keyed import id_text, id_words, keyed_hash
+from pipelines.placement import PLACED, Placement, WriteConfig, contents
 from pipelines.plan import Plan, Step
 from pipelines.run_steps import FragmentView
 from pipelines.shuffle import Routed, read_routed, write_routed
-from pipelines.stages.base import Context, GlobalStage, Output, Rows, text_fields
+from pipelines.stages.base import text_fields
 
-MIB = 1 << 20
 BLOCK = 512  # bytes: tar headers and padding
-OVERHEAD = 2048  # bytes of headers, padding and JSON that a sample adds to a shard, about
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif"}
-
-
-class WriteConfig(Config):
-    """How the curated corpus is laid out."""
-
-    lanes: int = Field(64, ge=1, le=65536, description="lanes; at least the largest number of workers that will train")
-    chunk_mib: float = Field(8.0, gt=0, description="MiB of one chunk (row group), the unit of reading; 8 to 16 suit")
-    shard_mib: float = Field(128.0, gt=0, description="MiB of one shard, about")
-    view: bool = Field(
-        False, description="copy no bytes: rows in their order point to the shards of the input, whose lanes they keep"
-    )
-    columns: tuple[str, ...] | None = Field(
-        None,
-        description="columns of stages to carry into the corpus, lists of numbers or texts too; None: all that hold "
-        "plain numbers and text",
-    )
-    replace: dict[str, str] = Field(
-        default_factory=dict,
-        description="text of the corpus -> column that takes its place: {text: text_clean}, {negatives: mined_texts}",
-    )
-
-
-PLACED = pa.schema([("out_shard", pa.int32()), ("chunk", pa.int32()), ("place", pa.int64()), ("out_lane", pa.int32())])
-PARTIAL = pa.schema(
-    [("lane", pa.int32()), ("order", pa.uint64()), ("id0", pa.uint64()), ("id1", pa.uint64()), ("bytes", pa.int64())]
-)
-
-
-class Placement(GlobalStage):
-    """The place of every kept sample: its lane, its chunk and shard, and its position in the whole corpus.
-
-    The reduction holds about 60 bytes a kept sample.
-    """
-
-    name: ClassVar[str] = "write"
-    seeded: ClassVar[bool] = True
-
-    settings: WriteConfig
-
-    def needs(self, kind: Kind) -> list[str]:
-        texts = [self.settings.replace.get(name, name) for name in text_fields(kind)]
-        lists = [self.settings.replace[name] for name in self.settings.replace if name not in text_fields(kind)]
-        return ["content", "meta", *(["length"] if kind == "image-text" else []), *texts, *lists]
-
-    def makes(self, kind: Kind) -> list[pa.Field]:
-        return list(PLACED)
-
-    def partial(self, rows: Rows) -> pa.Table:
-        ids = rows.table["id"].to_pylist()
-        content = contents(rows.table, rows.corpus.kind, self.settings)
-        lanes = keyed_hash(rows.seed, content, "lane") % np.uint64(self.settings.lanes)
-        words = id_words(ids)
-        size = np.full(len(rows), OVERHEAD, np.int64)
-        for column in self.needs(rows.corpus.kind)[1:]:
-            if column == "length":
-                size += rows.table[column].to_numpy()
-            elif pa.types.is_list(rows.table.schema.field(column).type):
-                texts = rows.table[column].to_pylist()
-                size += np.array([sum(len(text.encode()) for text in each or ()) for each in texts], np.int64)
-            else:
-                size += np.array([len(text.encode()) for text in rows.texts(column)], np.int64)
-        columns = [lanes.astype(np.int32), keyed_hash(rows.seed, ids, "order"), words[:, 0], words[:, 1], size]
-        return pa.table([pa.array(values) for values in columns], schema=PARTIAL)
-
-    def reduce(self, partials: Sequence[pa.Table], context: Context) -> list[pa.Table]:
-        tables = list(partials)
-        table = pa.concat_tables(tables)
-        lane, key, id0, id1, size = (table[name].to_numpy() for name in PARTIAL.names)
-        order = np.lexsort((id1, id0, key, lane))
-        lane, id0, id1, size = lane[order], id0[order], id1[order], size[order]
-        twice = np.flatnonzero((lane[1:] == lane[:-1]) & (id0[1:] == id0[:-1]) & (id1[1:] == id1[:-1]))
-        if len(twice):
-            known = id_text(np.array([[id0[twice[0]], id1[twice[0]]]]))[0]
-            raise DataError(f"The corpus holds id {known} twice: ingest each shard once, or give sources other names.")
-        shard, chunk = layout(lane, size, self.settings.chunk_mib * MIB, self.settings.shard_mib * MIB)
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        placed = pa.table(
-            [shard[place].astype(np.int32), chunk[place].astype(np.int32), place, lane[place]], schema=PLACED
-        )
-        starts = np.cumsum([0, *(partial.num_rows for partial in tables)])
-        return [placed.slice(start, part.num_rows) for start, part in zip(starts, tables, strict=False)]
-
-    def apply(self, rows: Rows, reduced: pa.Table) -> Output:
-        return Output({name: reduced[name] for name in PLACED.names})
-
-
-def contents(table: pa.Table, kind: Kind, settings: WriteConfig) -> list[str]:
-    """The content hashes that samples will have: those of text pairs are other ones if a text is replaced."""
-    if kind == "image-text" or not settings.replace:
-        return list(table["content"].to_pylist())
-    sides = (table[settings.replace.get(name, name)].to_pylist() for name in text_fields(kind))
-    return [text_pair_content(anchor, positive) for anchor, positive in zip(*sides, strict=True)]
-
-
-def layout(lane: np.ndarray, size: np.ndarray, chunk_bytes: float, shard_bytes: float) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and chunk number of each sample in the final order (ascending lanes).
-
-    A lane is cut into the least number of chunks of about equal bytes; chunks go to shards in order, again of about
-    equal bytes. Sizes are exceeded by one sample, or one chunk, at most.
-    """
-    if not len(lane):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    before = np.cumsum(size) - size
-    first = np.flatnonzero(np.diff(lane, prepend=lane[0] - 1))  # where a lane starts
-    index = np.repeat(np.arange(len(first)), np.diff([*first, len(lane)]))
-    total = np.add.reduceat(size, first)
-    chunks = np.ceil(total / chunk_bytes)
-    within = np.floor((before - before[first][index]) * chunks[index] / total[index])
-    new = (np.diff(index, prepend=-1) != 0) | (np.diff(within, prepend=-1) != 0)
-    chunk = np.cumsum(new) - 1
-    shards = np.ceil(size.sum() / shard_bytes)
-    start = before[new][chunk]
-    raw = np.floor(start * shards / size.sum())
-    return np.unique(raw, return_inverse=True)[1], chunk
 
 
 def carried(plan: Plan, settings: WriteConfig) -> list[str]:
@@ -268,7 +145,7 @@ def write_shard(plan: Plan, shard: int, columns: Sequence[str]) -> None:
         for each in table.schema
     ]
     table = table.cast(pa.schema(fields)).combine_chunks()
-    starts = np.flatnonzero(np.diff(chunk, prepend=-1))
+    starts = np.flatnonzero((np.diff(chunk, prepend=-1) != 0) | (np.diff(lane, prepend=-1) != 0))
     with (
         storage.atomic_write(shard_samples(plan, shard)) as file,
         pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
@@ -344,13 +221,18 @@ def describe_shard(plan: Plan, shard: int) -> Fragment:
     """The manifest entry of a written shard, from its table."""
     with storage.open_parquet(shard_samples(plan, shard)) as file:
         groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-        lane = file.read(columns=["lane"])["lane"].to_numpy()
-    starts = np.cumsum([0, *groups[:-1]])
+        lanes = [lane for lane, _ in extremes(file, "lane")]
     path = f"samples/{shard:05d}.parquet"
     owner = f"shards/{shard:05d}.tar" if plan.corpus.kind == "image-text" else path
-    return Fragment(
-        path=path, samples=sum(groups), shard=owner, row_groups=groups, lanes=[int(value) for value in lane[starts]]
-    )
+    return Fragment(path=path, samples=sum(groups), shard=owner, row_groups=groups, lanes=lanes)
+
+
+def extremes(file: pq.ParquetFile, column: str) -> list[tuple[int, int]]:
+    """The least and the largest value of a column in each row group that has rows, from the footer."""
+    place = file.schema.names.index(column)
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    found = [group.column(place).statistics for group in groups if group.num_rows]
+    return [(each.min, each.max) for each in found]
 
 
 class _WriteShards:
@@ -370,8 +252,8 @@ def write_shards(plan: Plan, columns: Sequence[str]) -> list[Fragment]:
     step = Step(plan.nodes[-1].number, "apply")
     count = 0
     for number in fragments:
-        placed = storage.read_table(plan.file(step, number), ["out_shard"])["out_shard"]
-        count = max(count, (pc.max(placed).as_py() or 0) + 1) if len(placed) else count
+        with storage.open_parquet(plan.file(step, number)) as file:
+            count = max([count, *(last + 1 for _, last in extremes(file, "out_shard"))])
     missing = [number for number in range(count) if not storage.exists(shard_samples(plan, number))]
     if missing:
         with progress("Writing shards", total=len(missing), unit="shards") as bar, user_errors():

@@ -17,11 +17,12 @@ from cl.corpus import Corpus, Fragment, content_hash, sample_id, sample_schema, 
 from pipelines.annotate import annotate, annotated_file, build_funnel
 from pipelines.execute import reduce_partials
 from pipelines.images import ImageInfo, probe
+from pipelines.placement import Placement, WriteConfig
 from pipelines.plan import Plan, build_plan, parse_stages, segments
 from pipelines.rounds import here, run_rounds
 from pipelines.run_steps import FragmentView, run_steps
 from pipelines.stages.keyed import KeyedStage
-from pipelines.write import Placement, WriteConfig, tar_header
+from pipelines.write import tar_header
 
 
 @dataclass

@@ -23,7 +23,6 @@ from pipelines.stages.caption import detect
 from pipelines.stages.near_duplicate import hamming_keys
 from pipelines.stages.perceptual_hash import average_to, perceptual_hash
 from pipelines.stages.semantic_duplicate import greedy_duplicates
-from pipelines.write import layout
 from tests.curation_corpora import Sample, image_corpus, picture, run_plan, text_corpus
 
 
@@ -292,29 +291,6 @@ def test_semantic_duplicates_against_a_loop(kept_only: bool, monkeypatch: pytest
         earlier = [i for i in range(row) if points[i] @ points[row] > 0.9 and (not kept_only or expected[i] < 0)]
         expected.append(earlier[0] if earlier else -1)
     assert greedy_duplicates(points, 0.9, kept_only).tolist() == expected
-
-
-@given(
-    sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 100)), min_size=1, max_size=60),
-    chunk=st.integers(1, 300),
-    shard=st.integers(1, 900),
-)
-@settings(max_examples=300, deadline=None)
-def test_layout_of_chunks_and_shards(sizes: list[tuple[int, int]], chunk: int, shard: int) -> None:
-    ordered = sorted(sizes, key=lambda each: each[0])
-    lane, size = np.array([x for x, _ in ordered]), np.array([x for _, x in ordered], np.int64)
-    shards, chunks = layout(lane, size, chunk, shard)
-    assert chunks[0] == shards[0] == 0
-    assert set(np.diff(chunks)) <= {0, 1}
-    assert set(np.diff(shards)) <= {0, 1}
-    for number in range(chunks[-1] + 1):
-        mine = chunks == number
-        assert len(set(lane[mine])) == 1
-        assert len(set(shards[mine])) == 1, "a chunk lies in one shard"
-        assert size[mine].sum() < chunk + size.max() + 1
-    for number in range(shards[-1] + 1):
-        largest = max(size[chunks == each].sum() for each in range(chunks[-1] + 1))
-        assert size[shards == number].sum() <= shard + largest
 
 
 @given(st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), max_size=20))

@@ -17,10 +17,11 @@ from cl.corpus import Corpus, Fragment, Kind
 from cl.encoders import load_checkpoint_model
 from cl.errors import ConfigError
 from pipelines.nearest import Documents, Nearest, count_better
+from pipelines.placement import WriteConfig
 from pipelines.plan import build_plan, named, parse_stages
 from pipelines.stages.base import Output, Rows, RowStage, vector_array
 from pipelines.stages.mine import Mine
-from pipelines.write import WriteConfig, carried
+from pipelines.write import carried
 from tests.curation_corpora import column_of, run_plan, text_corpus
 from tests.unit.test_curation_plan import checkpoint
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cl.engine.evaluation import MAIN, Cut, Evaluation, each
+from cl.engine.collectives import Layout
+from cl.engine.evaluation import MAIN, Cut, Evaluation, each, rows_of
 from cl.engine.products import accumulation_type, add_product_
 from cl.engine.reduction import Reduction
 from cl.engine.rule import Tiler
@@ -32,6 +33,7 @@ class Adjoint:
         finished: every statistic of the forward half; those named in `inputs` came from `Rule.inputs`.
         produced: the statistics of each pass.
         prepared: what `Rule.prepare` returned.
+        means: the global mean of each term, and 1 / the weight behind it.
 
     Attributes:
         embeddings, parameters: the gradients, once `run()` has been called.
@@ -46,9 +48,11 @@ class Adjoint:
         produced: Sequence[Sequence[Key]],
         inputs: Sequence[Key],
         prepared: Mapping[str, Tensor],
+        means: tuple[Tensor, Tensor],
     ) -> None:
         self.evaluation, self.values, self.learnt = run, embeddings, parameters
         self.finished, self.produced, self.inputs, self.prepared = finished, produced, inputs, prepared
+        self.means = means
         self.embeddings = {
             view: torch.zeros(value.shape, dtype=accumulation_type(value.dtype), device=value.device)
             for view, value in embeddings.items()
@@ -58,6 +62,7 @@ class Adjoint:
         self.adjoint = {key: torch.zeros_like(done.local.value) for key, done in finished.items()}
         self.everyone: dict[Key, Tensor] = {}  # adjoints of all workers' rows, of passes whose adjoints are complete
         self.offsets = run.offsets()
+        self.mine, self.others = run.readable(finished, "local"), run.readable(finished, "everyone")
 
     def run(self) -> Adjoint:
         self._finish()
@@ -77,10 +82,11 @@ class Adjoint:
         with torch.enable_grad():
             leaves = {key: value.requires_grad_() for key, value in run.local(self.finished).items()}
             views = self._views()
-            local, means = run.means(run.samples(leaves, views, self.prepared, self.finished))
-            means.requires_grad_()
+            sums, _ = run.sums(run.samples(leaves, views, self.prepared, self.finished))
+            means, inverse = self.means
+            means = means.detach().requires_grad_()
             (slope,) = torch.autograd.grad(run.rule.combine(means), means)
-            grads = self._grad((local * slope).sum(), [*leaves.values(), *views.values(), *self.learnt])
+            grads = self._grad((sums * inverse * slope).sum(), [*leaves.values(), *views.values(), *self.learnt])
         for key, grad in zip(leaves, grads, strict=False):
             # A statistic of nothing is -inf; it has no slope.
             value = self.finished[key].local.value
@@ -110,8 +116,12 @@ class Adjoint:
 
     def _complete(self, keys: Sequence[Key]) -> None:
         """All later passes have added their share: let every worker know the adjoints of all rows."""
+        layouts: dict[Layout, list[Key]] = {}
         for key in keys:
-            self.everyone[key] = self.evaluation.columns[key[1]].layout.complete(self.adjoint[key])
+            layouts.setdefault(self.evaluation.columns[key[1]].layout, []).append(key)
+        for layout, several in layouts.items():
+            complete = layout.complete([self.adjoint[key] for key in several])
+            self.everyone |= dict(zip(several, complete, strict=True))
 
     def _to_statistics(self, number: int, tiler: Tiler) -> None:
         """From the adjoints of one pass to those of the statistics that it reads."""
@@ -155,9 +165,9 @@ class Adjoint:
 
     def _leaves(self, cut: Cut, readable: Sequence[Key]) -> Leaves:
         """What the tile reads of its rows and of its columns; a gradient is wanted where `readable`."""
-        run, comparison = self.evaluation, cut.comparison
-        rows = run.readable(comparison.rows, self.finished, "local", cut.i)
-        columns = run.readable(comparison.columns, self.finished, "everyone", cut.at)
+        comparison = cut.comparison
+        rows = rows_of(self.mine[comparison.rows], cut.i)
+        columns = rows_of(self.others[comparison.columns], cut.at)
         for view, values in ((comparison.rows, rows), (comparison.columns, columns)):
             for name, value in values.items():
                 value.requires_grad_((name, view) in readable)

@@ -43,15 +43,13 @@ class Columns:
     def of(weight: Tensor, content: Tensor | None, layout: Layout) -> Columns:
         """Gather local weights [B] and content ids [B, K]; O(N) memory."""
         first_row = layout.local.start
-        weight = layout.gather(weight)
+        weight, *contents = layout.gather_together([weight] if content is None else [weight, content])
         masked = bool((weight == 0).any())
-        if content is None:
-            return Columns(weight, None, None, first_row, masked)
-        content = layout.gather(content)
-        repeated = repeated_content(content)
-        if not repeated.any():
-            return Columns(weight, None, None, first_row, masked)
-        return Columns(weight, content, repeated, first_row, masked)
+        for content in contents:
+            repeated = repeated_content(content)
+            if repeated.any():
+                return Columns(weight, content, repeated, first_row, masked)
+        return Columns(weight, None, None, first_row, masked)
 
     def mask_(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
         """Put -inf where a column is no candidate for a row: a masked sample, or the row's own content again."""
@@ -138,6 +136,7 @@ class Bipartite:
             layout = Layout(Workers(), (len(weight),))
         total = workers.all_reduce(weight.sum())
         inverse = torch.where(total > 0, 1 / total, 0)
+        tiling = tiling.on(weight.device)
         return Bipartite(Columns.of(weight, content, layout), layout, exchange, tiling, workers, inverse)
 
     @property

@@ -9,7 +9,8 @@ neither the loss nor the learning rate needs a factor of the world size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -51,6 +52,20 @@ class Workers:
         if self.size > 1:
             dist.all_reduce(value, op=op, group=self.group)
         return value
+
+    def all_reduce_together(
+        self, values: Sequence[Tensor], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> list[Tensor]:
+        """Several tensors of any shapes reduced over the workers (no gradient), not in place; one collective a type."""
+        if self.size == 1:
+            return list(values)
+        reduced: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(value.dtype for value in values):
+            places = [n for n, value in enumerate(values) if value.dtype == kind]
+            together = self.all_reduce(torch.cat([values[n].reshape(-1) for n in places]), op)
+            parts = together.split([values[n].numel() for n in places])
+            reduced |= {n: part.view(values[n].shape) for n, part in zip(places, parts, strict=True)}
+        return [reduced[n] for n in range(len(values))]
 
     def layout(self, rows: int, device: torch.device) -> Layout:
         """Learn how many rows each worker holds; one small collective."""
@@ -100,6 +115,20 @@ class Layout:
             return padded
         return torch.cat([padded[r * most : r * most + rows] for r, rows in enumerate(self.rows)])
 
+    def gather_together(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """`gather` of several values [B, ...] of any types by one collective: a row travels as its bytes."""
+        if self.workers.size == 1 or len(values) < 2:
+            return [self.gather(value) for value in values]
+        own = self.rows[self.workers.rank]
+        as_bytes = [
+            value.detach().reshape(own, math.prod(value.shape[1:])).contiguous().view(torch.uint8) for value in values
+        ]
+        parts = self.gather(torch.cat(as_bytes, 1)).split([each.shape[1] for each in as_bytes], 1)
+        return [
+            part.contiguous().view(value.dtype).reshape(self.total, *value.shape[1:])
+            for part, value in zip(parts, values, strict=True)
+        ]
+
     def reduce_scatter(self, value: Tensor) -> Tensor:
         """Sum [N, ...] over the workers and return this worker's rows [B, ...]; no gradient."""
         if self.workers.size == 1:
@@ -111,9 +140,9 @@ class Layout:
         dist.reduce_scatter_single(out, value.contiguous(), group=self.workers.group)
         return out[: self.rows[self.workers.rank]]
 
-    def complete(self, adjoint: Tensor) -> Tensor:
-        """The adjoints of all rows [N, ...], each in the hands of the worker that owns the row."""
-        return self.gather(adjoint)
+    def complete(self, adjoints: Sequence[Tensor]) -> list[Tensor]:
+        """The adjoints of all rows, each [N, ...], from those of the rows that a worker owns."""
+        return self.gather_together(adjoints)
 
     def ring(self, *values: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Let every worker's rows visit every worker: yields (owner, its rows of each value), own rows first.
@@ -166,11 +195,14 @@ class Replicated(Layout):
     def gather(self, value: Tensor) -> Tensor:
         return value.detach()
 
+    def gather_together(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [value.detach() for value in values]
+
     def reduce_scatter(self, value: Tensor) -> Tensor:
         return value
 
-    def complete(self, adjoint: Tensor) -> Tensor:
-        return self.workers.all_reduce(adjoint.clone())
+    def complete(self, adjoints: Sequence[Tensor]) -> list[Tensor]:
+        return self.workers.all_reduce_together(adjoints)
 
 
 def _pad_to(value: Tensor, rows: int) -> Tensor:

@@ -156,12 +156,12 @@ class Evaluation:
         running = Running()
         layouts = {view: columns.layout for view, columns in self.columns.items()}
         offsets = self.offsets()
+        mine, everyone = self.readable(earlier, "local"), self.readable(earlier, "everyone")
         for views, comparisons in self.groups():
             exchanges = self.exchanges(views, embeddings)
             for cut in self.cuts(exchanges, embeddings, comparisons):
                 row_view, column_view = cut.comparison.rows, cut.comparison.columns
-                rows = self.readable(row_view, earlier, "local", cut.i)
-                columns = self.readable(column_view, earlier, "everyone", cut.at)
+                rows, columns = rows_of(mine[row_view], cut.i), rows_of(everyone[column_view], cut.at)
                 tile = self.tile(cut, self.scores(cut, embeddings), rows, columns)
                 for name, reduction in each(tiler(tile)):
                     by_row = reduction.axis == "row"
@@ -174,22 +174,21 @@ class Evaluation:
         return running.finish(layouts)
 
     def readable(
-        self, view: str, finished: Mapping[Key, Finished], which: Literal["local", "everyone"], at: slice
-    ) -> dict[str, Tensor]:
-        """The values of one view's statistics that a tile reads.
+        self, finished: Mapping[Key, Finished], which: Literal["local", "everyone"]
+    ) -> dict[str, dict[str, Tensor]]:
+        """View -> the values of its statistics as tiles read them, of this worker's rows or of everyone's.
 
         A masked sample's log-sum-exp is -inf and would turn the slopes of entries that do not count into 0 x inf; it
         reads as 0.
         """
-        columns = self.columns[view]
-        weight = columns.local_weight() if which == "local" else columns.known.weight
-        values = {}
-        for (name, owner), done in finished.items():
-            if owner == view:
-                part: Part = getattr(done, which)
-                values[name] = _without_masked(part.value[at].detach(), weight[at])
-                if part.position is not None:
-                    values[f"{name}.index"] = part.position[at]
+        values: dict[str, dict[str, Tensor]] = {view: {} for view in self.columns}
+        for (name, view), done in finished.items():
+            columns = self.columns[view]
+            weight = columns.local_weight() if which == "local" else columns.known.weight
+            part: Part = getattr(done, which)
+            values[view][name] = _without_masked(part.value.detach(), weight)
+            if part.position is not None:
+                values[view][f"{name}.index"] = part.position
         return values
 
     def local(self, finished: Mapping[Key, Finished]) -> dict[Key, Tensor]:
@@ -218,8 +217,8 @@ class Evaluation:
         }
         return Samples({**statistics, **indices}, embeddings, self.meta, present, prepared, self.clock)
 
-    def means(self, s: Samples) -> tuple[Tensor, Tensor]:
-        """This worker's part of each term's global mean [T] (with gradient), and the global means [T]."""
+    def sums(self, s: Samples) -> tuple[Tensor, Tensor]:
+        """Of this worker's samples: each term's weighted sum [T], with gradient, and the weight behind it [T]."""
         result = self.rule.finish(s)
         terms = [Term(result)] if isinstance(result, Tensor) else list(result)
         complete = s.valid()
@@ -229,9 +228,13 @@ class Evaluation:
             # Not weight * values: what a masked sample holds may be infinite.
             parts.append(term.factor * (weight * term.values.where(weight > 0, 0)).sum())
             totals.append(weight.sum())
-        sums, total = torch.stack(parts), self.workers.all_reduce(torch.stack(totals).detach())
-        local = torch.where(total > 0, sums / total.where(total > 0, 1), 0)
-        return local, self.workers.all_reduce(local.detach().clone())
+        return torch.stack(parts), torch.stack(totals).detach()
+
+    def means(self, s: Samples) -> tuple[Tensor, Tensor]:
+        """Each term's global mean [T], and 1 / the global weight behind it [T], 0 where there is none; no gradient."""
+        sums, totals = self.workers.all_reduce_together(self.sums(s))
+        inverse = torch.where(totals > 0, 1 / totals.where(totals > 0, 1), 0)
+        return sums * inverse, inverse
 
 
 def each(reductions: Reductions) -> Iterator[tuple[str, Reduction]]:
@@ -239,6 +242,11 @@ def each(reductions: Reductions) -> Iterator[tuple[str, Reduction]]:
     for name, value in reductions.items():
         for reduction in [value] if isinstance(value, Reduction) else value:
             yield name, reduction
+
+
+def rows_of(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """Some rows of each value."""
+    return {name: value[rows] for name, value in values.items()}
 
 
 def _without_masked(value: Tensor, weight: Tensor) -> Tensor:

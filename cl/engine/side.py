@@ -27,6 +27,7 @@ class Side:
         role: `view`: a column of the row's own sample is its positive; `negative`: it is a negative of everybody, of
             its own sample too.
         replicated: every worker holds the same rows (queue, prototypes); they are not gathered.
+        layout: how many rows each worker holds, where that is known already.
     """
 
     name: str
@@ -37,13 +38,16 @@ class Side:
     meta: Mapping[str, Tensor] = field(default_factory=dict)
     role: Literal["view", "negative"] = "view"
     replicated: bool = False
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class Known:
     """What is known of a slice of rows or columns: as in `Side`, and the statistics of earlier passes.
 
-    `masked` says whether any weight of the whole side is 0, so that most tiles skip the mask.
+    `masked` says whether any weight of the whole side is 0, so that most tiles skip the mask. `span` are the samples of
+    rows that are consecutive (none of rows without samples), or None where they may be any: two spans tell without
+    looking at the numbers that a tile holds nobody's own pair.
     """
 
     sample: Tensor
@@ -54,6 +58,7 @@ class Known:
     statistics: Mapping[str, Tensor]
     role: str
     masked: bool
+    span: range | None
 
     def slice(self, at: slice, statistics: Mapping[str, Tensor]) -> Known:
         return Known(
@@ -65,7 +70,14 @@ class Known:
             statistics,
             self.role,
             self.masked,
+            None if self.span is None else self.span[at],
         )
+
+    def apart(self, other: Known) -> bool:
+        """Whether no row of one is known to belong to the sample of a row of the other."""
+        if self.span is None or other.span is None:
+            return False
+        return max(self.span.start, other.span.start) >= min(self.span.stop, other.span.stop)
 
 
 @dataclass(frozen=True)
@@ -87,36 +99,47 @@ class Columns:
 
 
 def columns_of(sides: Sequence[Side], workers: Workers) -> dict[str, Columns]:
-    """Gather what is known of every side, by name; tensors that views of the same samples share are gathered once."""
+    """Gather what is known of every side, by name; tensors that views of the same samples share are gathered once, and
+    all that is known of the same rows by one collective.
+    """
     layouts: dict[int, Layout] = {}
-    gathered: dict[tuple[int, int], Tensor] = {}
-
-    def everyone(value: Tensor, layout: Layout) -> Tensor:
-        key = id(value), id(layout)
-        if key not in gathered:
-            gathered[key] = layout.gather(value)
-        return gathered[key]
-
+    wanted: dict[int, dict[int, Tensor]] = {}  # by layout: what its sides know of their rows
+    for side in sides:
+        key, rows = id(side.sample), len(side.sample)
+        if key not in layouts:
+            if side.replicated:
+                layouts[key] = Replicated(workers, (rows,))
+            elif side.layout is not None and side.layout.workers == workers:
+                layouts[key] = side.layout
+            else:
+                layouts[key] = workers.layout(rows, side.sample.device)
+        content = [] if side.content is None else [side.content]
+        values = [side.sample, side.weight, *content, *side.meta.values()]
+        wanted.setdefault(key, {}).update((id(value), value) for value in values)
+    gathered = {
+        key: dict(zip(values, layouts[key].gather_together(list(values.values())), strict=True))
+        for key, values in wanted.items()
+    }
     columns = {}
     for side in sides:
-        if id(side.sample) not in layouts:
-            rows = len(side.sample)
-            layouts[id(side.sample)] = (
-                Replicated(workers, (rows,)) if side.replicated else workers.layout(rows, side.sample.device)
-            )
-        layout = layouts[id(side.sample)]
-        weight = everyone(side.weight, layout)
+        everyone = gathered[id(side.sample)]
+        sample, weight = everyone[id(side.sample)], everyone[id(side.weight)]
+        consecutive = sample == torch.arange(len(sample), device=sample.device)
+        masked, in_order, without = torch.stack(
+            [(weight == 0).any(), consecutive.all(), (sample < 0).all()]  # one wait for the device
+        ).tolist()
         known = Known(
-            sample=everyone(side.sample, layout),
+            sample=sample,
             weight=weight,
-            content=None if side.content is None else everyone(side.content, layout),
+            content=None if side.content is None else everyone[id(side.content)],
             repeated=None,
-            meta={name: everyone(value, layout) for name, value in side.meta.items()},
+            meta={name: everyone[id(value)] for name, value in side.meta.items()},
             statistics={},
             role=side.role,
-            masked=bool((weight == 0).any()),
+            masked=masked,
+            span=range(0) if without else range(len(sample)) if in_order else None,
         )
-        columns[side.name] = Columns(side, layout, known)
+        columns[side.name] = Columns(side, layouts[id(side.sample)], known)
     return _with_repetitions(columns)
 
 
@@ -141,4 +164,4 @@ def sides_of(views: Mapping[str, Tensor], layout: Layout, weight: Tensor, **know
     """The views of one batch as sides; row i of each belongs to sample i of this worker."""
     start = layout.local.start
     sample = torch.arange(start, start + len(weight), device=weight.device)
-    return [Side(name, value, sample, weight, **known) for name, value in views.items()]
+    return [Side(name, value, sample, weight, layout=layout, **known) for name, value in views.items()]

@@ -6,14 +6,14 @@ column part (tiles whose columns are v: partial on every worker, all-reduced). B
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cl.engine.collectives import Layout
+from cl.engine.collectives import Layout, Workers
 from cl.engine.reduction import Reduction
 
 Key = tuple[str, str]  # name of the statistic, view
@@ -91,40 +91,6 @@ class Part:
             every, positions = torch.cat([self.value[at], values], 1), torch.cat([self.position[at], entries], 1)
             self.value[at], self.position[at] = best(every, positions, reduction.k)
 
-    def all_reduce_(self, layout: Layout) -> None:
-        """Complete a column part over the workers."""
-        workers = layout.workers
-        if workers.size == 1:
-            return
-        if self.kind == "sum":
-            workers.all_reduce(self.value)
-            return
-        if self.kind == "top":
-            assert self.position is not None
-            every = Layout(workers, (len(self.value),) * workers.size)
-            size, k = self.value.shape
-
-            def beside(value: Tensor) -> Tensor:
-                """[n, W k]: what all workers hold of each row."""
-                return every.gather(value).view(workers.size, size, k).transpose(0, 1).reshape(size, workers.size * k)
-
-            self.value, self.position = best(beside(self.value), beside(self.position), k)
-            return
-        lse = self.value if self.kind == "lse" else self.lse
-        assert lse is not None
-        largest = workers.all_reduce(lse.clone(), dist.ReduceOp.MAX)
-        shift = largest.where(largest > -torch.inf, 0)
-        weight = (lse - shift).exp()
-        if self.kind == "mean":
-            weighted = workers.all_reduce(weight * self.value)
-        weight = workers.all_reduce(weight)
-        total = weight.log() + shift
-        if self.kind == "lse":
-            self.value = total
-        else:
-            self.value = torch.where(weight > 0, weighted / weight, 0)
-            self.lse = total
-
     def merged(self, other: Part) -> Part:
         """Both parts of the same rows in one."""
         if self.kind == "sum":
@@ -146,13 +112,57 @@ class Part:
     def select(self, rows: slice) -> Part:
         return self._each(lambda value: value[rows])
 
-    def gathered(self, layout: Layout) -> Part:
-        """The same of all workers' rows."""
-        return self._each(layout.gather)
+    def tensors(self) -> list[Tensor]:
+        return [value for value in (self.value, self.lse, self.position) if value is not None]
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> Part:
+        """The same made of others, in the order of `tensors`."""
+        return self._each(lambda _: next(tensors))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Part:
-        lse = None if self.lse is None else function(self.lse)
-        return Part(self.kind, function(self.value), lse, None if self.position is None else function(self.position))
+        value, lse, position = (None if t is None else function(t) for t in (self.value, self.lse, self.position))
+        assert value is not None
+        return Part(self.kind, value, lse, position)
+
+
+def complete_(parts: Sequence[Part], workers: Workers) -> None:
+    """Complete column parts over the workers: all softmaxes by two collectives, all sums by the second of them."""
+    if workers.size == 1:
+        return
+    sums, softmaxes = [p for p in parts if p.kind == "sum"], [p for p in parts if p.kind in ("lse", "mean")]
+    lses = [p.value if p.kind == "lse" else p.lse for p in softmaxes]
+    shifts = [
+        largest.where(largest > -torch.inf, 0)
+        for largest in workers.all_reduce_together([lse for lse in lses if lse is not None], dist.ReduceOp.MAX)
+    ]
+    weights = [(lse - shift).exp() for lse, shift in zip(lses, shifts, strict=True) if lse is not None]
+    weighted = [weight * p.value for p, weight in zip(softmaxes, weights, strict=True) if p.kind == "mean"]
+    reduced = iter(workers.all_reduce_together([p.value for p in sums] + weights + weighted))
+    for part in sums:
+        part.value = next(reduced)
+    weights = [next(reduced) for _ in weights]
+    for part, weight, shift in zip(softmaxes, weights, shifts, strict=True):
+        total = weight.log() + shift
+        if part.kind == "lse":
+            part.value = total
+        else:
+            part.value, part.lse = torch.where(weight > 0, next(reduced) / weight, 0), total
+    for part in parts:
+        if part.kind == "top":
+            _complete_top_(part, workers)
+
+
+def _complete_top_(part: Part, workers: Workers) -> None:
+    assert part.position is not None
+    every = Layout(workers, (len(part.value),) * workers.size)
+    size, k = part.value.shape
+
+    def beside(value: Tensor) -> Tensor:
+        """[n, W k]: what all workers hold of each row."""
+        return value.view(workers.size, size, k).transpose(0, 1).reshape(size, workers.size * k)
+
+    value, position = every.gather_together([part.value, part.position])
+    part.value, part.position = best(beside(value), beside(position), k)
 
 
 @dataclass
@@ -178,17 +188,23 @@ class Running:
 
     def finish(self, layouts: dict[str, Layout]) -> dict[Key, Finished]:
         """Complete over the workers and merge row with column parts."""
-        finished = {}
         # Every worker sees the same names in the same order: collectives must match.
-        for key in [*self.row_parts, *(key for key in self.column_parts if key not in self.row_parts)]:
-            layout = layouts[key[1]]
-            row, column = self.row_parts.get(key), self.column_parts.get(key)
-            if column is not None:
-                column.all_reduce_(layout)
+        keys = list(dict.fromkeys([*self.row_parts, *self.column_parts]))
+        if keys:
+            complete_(list(self.column_parts.values()), layouts[keys[0][1]].workers)
+        finished: dict[Key, Finished] = {}
+        rows: dict[Layout, list[Key]] = {}
+        for key in keys:
+            layout, row, column = layouts[key[1]], self.row_parts.get(key), self.column_parts.get(key)
             if row is None:
                 assert column is not None
                 finished[key] = Finished(column.select(layout.local), column)
-                continue
-            local = row if column is None else row.merged(column.select(layout.local))
-            finished[key] = Finished(local, local.gathered(layout))
+            else:
+                local = row if column is None else row.merged(column.select(layout.local))
+                finished[key] = Finished(local, local)
+                rows.setdefault(layout, []).append(key)
+        for layout, several in rows.items():
+            everyone = iter(layout.gather_together([t for key in several for t in finished[key].local.tensors()]))
+            for key in several:
+                finished[key].everyone = finished[key].local.with_tensors(everyone)
         return finished

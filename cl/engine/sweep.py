@@ -24,12 +24,19 @@ Exchange = Literal["gather", "ring", "local"]
 class Tiling:
     """How a block is cut: at most `rows` anchors by `columns` candidates at a time.
 
-    `keep` MiB of scores may stay from forward to backward, so that small batches compute them once.
+    A size of 0 follows from the device (`on`): a tile that stays in a processor's cache, or one that keeps an
+    accelerator busy for longer than launching its kernels takes (128 MiB of float32 scores). `keep` MiB of scores may
+    stay from forward to backward, so that small batches compute them once.
     """
 
-    rows: int = 256
-    columns: int = 2048
+    rows: int = 0
+    columns: int = 0
     keep: int = 64
+
+    def on(self, device: torch.device) -> Tiling:
+        """The same with both sizes given."""
+        rows, columns = (256, 2048) if device.type == "cpu" else (4096, 8192)
+        return replace(self, rows=self.rows or rows, columns=self.columns or columns)
 
     def shrunk(self, cost: int) -> Tiling:
         """The same memory where each entry of a tile costs `cost` numbers."""

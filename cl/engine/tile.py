@@ -56,19 +56,30 @@ class Tile:
     @cached_property
     def own(self) -> Tensor:
         """[R, C] bool: row and column belong to the same sample (within one view: the row itself)."""
+        return self._own if self._own is not None else torch.zeros_like(self.scores, dtype=torch.bool)
+
+    @cached_property
+    def _own(self) -> Tensor | None:
+        """`own`, or None where the tile is known to have no such entry; most tiles have none and skip its masks."""
+        if self.rows.apart(self.columns):
+            return None
         return (self.rows.sample[:, None] == self.columns.sample) & (self.rows.sample >= 0)[:, None]
 
     @cached_property
     def positive(self) -> Tensor:
         """[R, C] bool: `own`, where the column is a view of the sample and not one of its mined negatives."""
-        return self.own if self.columns.role == "view" else torch.zeros_like(self.own)
+        return self._positive if self._positive is not None else torch.zeros_like(self.scores, dtype=torch.bool)
+
+    @property
+    def _positive(self) -> Tensor | None:
+        return self._own if self.columns.role == "view" else None
 
     @cached_property
     def valid(self) -> Tensor | None:
         """[R, C] bool: neither sample is masked, and within one view not the row itself; None where all are."""
         masks = []
-        if self.row_view == self.column_view:
-            masks.append(~self.own)
+        if self.row_view == self.column_view and self._own is not None:
+            masks.append(~self._own)
         if self.rows.masked:
             masks.append((self.rows.weight > 0)[:, None].expand(self.scores.shape))
         if self.columns.masked:
@@ -90,14 +101,14 @@ class Tile:
         """[R, C] bool: `valid`, without repetitions of the row's own content; None where all are."""
         masks = [] if self.valid is None else [self.valid]
         if self.same_content is not None:
-            masks.append(~self.same_content | self.positive)
+            masks.append(~self.same_content if self._positive is None else ~self.same_content | self._positive)
         return _all(masks)
 
     @cached_property
     def negatives(self) -> Tensor | None:
-        """[R, C] bool: `candidates` without the row's own positives."""
+        """[R, C] bool: `candidates` without the row's own positives; None where all are."""
         masks = [] if self.candidates is None else [self.candidates]
-        return _all([*masks, ~self.positive])
+        return _all(masks if self._positive is None else [*masks, ~self._positive])
 
     def counts(self, reduction: Reduction) -> Tensor | None:
         """[R, C] bool: which entries of a reduction count; None for all of them."""

@@ -70,7 +70,7 @@ def evaluate(
         known,
         targets or {},
         exchange,
-        tiling or Tiling(),
+        (tiling or Tiling()).on(weight.device),
         workers,
         clock or Clock(),
     )
@@ -101,11 +101,12 @@ class _Evaluate(torch.autograd.Function):
                 finished = finished | done
             local = run.local(finished)
             prepared = run.rule.prepare(run.samples(local, embeddings, {}, finished))
-            _, means = run.means(run.samples(local, embeddings, prepared, finished))
+            means, inverse = run.means(run.samples(local, embeddings, prepared, finished))
             loss = run.rule.combine(means)
         store.update(local)
         ctx.run, ctx.embeddings, ctx.parameters = run, embeddings, tensors[count:]
         ctx.finished, ctx.produced, ctx.inputs, ctx.prepared = finished, produced, list(inputs), prepared
+        ctx.means = means, inverse
         ctx.dtypes = [value.dtype for value in tensors[:count]]
         return loss
 
@@ -114,7 +115,7 @@ class _Evaluate(torch.autograd.Function):
         device = next(iter(ctx.embeddings.values())).device.type
         with torch.autocast(device, enabled=False):
             adjoint = Adjoint(
-                ctx.run, ctx.embeddings, ctx.parameters, ctx.finished, ctx.produced, ctx.inputs, ctx.prepared
+                ctx.run, ctx.embeddings, ctx.parameters, ctx.finished, ctx.produced, ctx.inputs, ctx.prepared, ctx.means
             ).run()
         scale = grad * ctx.run.workers.averaged_by
         d_embeddings = [

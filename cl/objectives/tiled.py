@@ -34,8 +34,8 @@ class TiledConfig(Config):
     exchange: ExchangeChoice = Field(
         "auto", description="how candidates of other workers are seen; local: not at all; auto: by size and memory"
     )
-    tile_rows: int = Field(256, ge=1, description="anchors a tile")
-    tile_columns: int = Field(2048, ge=1, description="candidates a tile")
+    tile_rows: int = Field(0, ge=0, description="anchors a tile; 0: by device")
+    tile_columns: int = Field(0, ge=0, description="candidates a tile; 0: by device")
 
 
 class TiledObjective(Objective, Rule):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,22 +33,18 @@ class Case:
 
 # Every pair of choices (workers, evenness, exchange, tile, cached, hard) occurs.
 CASES = [
-    Case((8,), "gather", 256, False, False),
-    Case((8,), "ring", 3, True, True),
-    Case((8,), "gather", 2, True, False),
-    Case((4, 4), "gather", 3, True, True),
-    Case((4, 4), "ring", 256, False, False),
-    Case((3, 6), "gather", 256, True, False),
-    Case((3, 6), "ring", 2, False, True),
-    Case((0, 7), "ring", 3, True, False),
-    Case((3, 3, 3), "ring", 256, True, True),
-    Case((3, 3, 3), "gather", 2, False, False),
+    Case((8,), "gather", 256, True, True),
+    Case((9,), "ring", 3, False, True),
+    Case((8,), "ring", 4, False, False),
+    Case((0, 7), "ring", 256, False, True),
+    Case((4, 4), "gather", 3, True, False),
+    Case((3, 6), "gather", 4, True, False),
+    Case((3, 3, 3), "ring", 256, True, False),
     Case((5, 2, 3), "gather", 3, False, True),
-    Case((4, 0, 5), "gather", 256, True, True),
-    Case((2, 2, 2, 2), "ring", 3, False, False),
-    Case((1, 4, 2, 3), "gather", 2, True, True),
-    Case((1, 4, 2, 3), "ring", 256, False, False),
-    Case((3, 0, 2, 4), "ring", 2, True, True),
+    Case((4, 0, 5), "ring", 4, False, True),
+    Case((1, 4, 2, 3), "ring", 256, True, True),
+    Case((3, 0, 2, 4), "gather", 3, True, False),
+    Case((2, 2, 2, 2), "ring", 4, False, True),
 ]
 
 
@@ -84,8 +81,23 @@ class Raw:
 
 def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
     """The same numbers whatever the reference asks for, then only what it asks for."""
-    generator = torch.Generator().manual_seed(1000 * step + sum(case.rows))
-    count = sum(case.rows)
+    features, batch = _numbers(sum(case.rows), case.hard, step)
+    return Raw(
+        {name: features[name] for name in (*reference.views, *reference.extra)},
+        replace(
+            batch,
+            present=batch.present if reference.missing else {},
+            tokens={name: value for name, value in batch.tokens.items() if name in reference.views},
+            extra={name: batch.extra[name] for name in reference.extra},
+            token_ids={name: value for name, value in batch.token_ids.items() if name in reference.views},
+        ),
+    )
+
+
+@functools.cache
+def _numbers(count: int, hard: bool, step: int) -> tuple[dict[str, Tensor], Batch]:
+    """Every view, and all that is known, of a batch of `count` samples."""
+    generator = torch.Generator().manual_seed(1000 * step + count)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -95,7 +107,7 @@ def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
 
     features = {name: randn(count, FEATURES) for name in ("a", "b")}
     content, weight = torch.arange(count), torch.rand(count, generator=generator, dtype=torch.float64) + 0.5
-    if case.hard:
+    if hard:
         content = randint(count - 2, count)
         weight[2::4] = 0
     features["c"] = randn(count, FEATURES)
@@ -109,10 +121,10 @@ def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
         features[name] = randn(len(owner), FEATURES)
         unrelated = 1000 + torch.arange(len(owner)) if name == "negatives" else content[owner]
         extra[name] = More(features[name], owner, unrelated)
-    if case.hard and len(extra["negatives"].content):
+    if hard and len(extra["negatives"].content):
         extra["negatives"].content[0] = content[0]  # a mined negative that is another sample's own content
     ids = torch.stack([torch.arange(count) % 5 + 7 * step % 10, torch.zeros(count, dtype=torch.int64)], 1)
-    if not case.hard:
+    if not hard:
         ids[:, 0] = torch.arange(count) + 3 * step  # unique in a step; some come again in a later one
     soft = torch.rand(count, count, generator=generator, dtype=torch.float64)
     levels = torch.stack([randint(2, count), randint(4, count)], 1)
@@ -132,15 +144,14 @@ def raw_batch(case: Case, step: int, reference: Reference) -> Raw:
             "cluster": randint(3, count),
             "time": times,
         },
-        present={"c": torch.rand(count, generator=generator) < 0.7} if reference.missing else {},
-        tokens={name: torch.arange(TOKENS) < lengths[name][:, None] for name in lengths if name in reference.views},
-        extra={name: extra[name] for name in reference.extra},
+        present={"c": torch.rand(count, generator=generator) < 0.7},
+        tokens={name: torch.arange(TOKENS) < lengths[name][:, None] for name in lengths},
+        extra=extra,
         targets={"soft": soft / soft.sum(1, keepdim=True)},
-        token_ids={"b_tokens": randint(7, count, TOKENS)} if "b_tokens" in reference.views else {},
+        token_ids={"b_tokens": randint(7, count, TOKENS)},
         clock=Clock(step, STEPS, step // 2, 2),
     )
-    kept = {name: features[name] for name in (*reference.views, *reference.extra)}
-    return Raw(kept, batch)
+    return features, batch
 
 
 @dataclass(frozen=True)
@@ -222,15 +233,12 @@ def on_worker(workers: Workers, name: str, settings: Mapping[str, Any], case: Ca
             outcome = lose(encoder(local))
             outcome.loss.backward()
         losses.append(outcome.loss.detach())
+        trained = {key: p for key, p in modules.named_parameters() if p.requires_grad}
+        slopes = [torch.zeros_like(p) if p.grad is None else gradient(p) for p in trained.values()]
         found = {}
-        for key, parameter in modules.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            slope = torch.zeros_like(parameter) if parameter.grad is None else gradient(parameter)
-            workers.all_reduce(slope)
-            slope /= workers.averaged_by
-            found[key] = slope.clone()
-            parameter.data -= RATE * slope
+        for (key, parameter), total in zip(trained.items(), workers.all_reduce_together(slopes), strict=True):
+            found[key] = total / workers.averaged_by
+            parameter.data -= RATE * found[key]
         gradients.append(found)
     return Answer(losses, gradients, dict(modules.state_dict()))
 

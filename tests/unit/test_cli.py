@@ -116,9 +116,9 @@ def test_one_objective_shows_its_formula_and_the_range_of_each_parameter(capsys:
     assert rows["tile_rows"] == {
         "parameter": "tile_rows",
         "type": "int",
-        "default": "256",
-        "range": ">= 1",
-        "meaning": "anchors a tile",
+        "default": "0",
+        "range": ">= 0",
+        "meaning": "anchors a tile; 0: by device",
     }
     assert "Did you mean 'infonce'" in refused(capsys, "objectives", "infonc")
 

@@ -276,6 +276,14 @@ TRAINING = {
     "nnclr": Training({"queue": 1024, "temperature": 0.1}),
     "all4one": Training({"queue": 1024, "predictor": [64], "layers": 1, "heads": 4}, momentum=0.9),
     "local-group": Training({"queue": 1024, "memory": 1024, "layers": 1, "heads": 4, "direction": "both"}),
+    # Queues as long as a batch or some.
+    "moco": Training({"queue": 150, "in_batch": True, "direction": "both"}),
+    "contriever": Training({"queue": 512, "direction": "both"}),
+    "infoxlm": Training({"queue": 512}),
+    "mochi": Training(
+        {"queue": 150, "hardest": 16, "mixed": 6, "mixed_with_query": 3, "direction": "both", "in_batch": False}
+    ),
+    "feature-transformation": Training({"queue": 150, "direction": "both"}),
     "clusterns": Training({"clusters": 16, "margin_weight": 0.01}),
     "i-con-cluster": Training({"clusters": 64, "temperature": 0.1}),
     "supremix": Training({"window": 0.5, "mixtures": 1, "temperature": 0.1, "beta": (1, 8)}),

@@ -59,8 +59,8 @@ class All4OneConfig(MomentConfig, TemperatureConfig):
     centroid_weight: float = Field(0.5, ge=0, description="w_cen")
     feature_weight: float = Field(0.5, ge=0, description="w_feat")
     exchange: ExchangeChoice = Field("auto", description="how candidates of other workers are seen")
-    tile_rows: int = Field(256, ge=1, description="anchors a tile")
-    tile_columns: int = Field(2048, ge=1, description="candidates a tile")
+    tile_rows: int = Field(0, ge=0, description="anchors a tile; 0: by device")
+    tile_columns: int = Field(0, ge=0, description="candidates a tile; 0: by device")
 
 
 @OBJECTIVES.register(

@@ -33,8 +33,8 @@ class NNCLRConfig(TemperatureConfig):
     views: list[str] | None = Field(None, description="the two views; default: the batch's two views")
     queue: int = Field(98304, ge=1, description="earlier embeddings among which neighbours are sought")
     exchange: ExchangeChoice = Field("auto", description="how candidates of other workers are seen")
-    tile_rows: int = Field(256, ge=1, description="anchors a tile")
-    tile_columns: int = Field(2048, ge=1, description="candidates a tile")
+    tile_rows: int = Field(0, ge=0, description="anchors a tile; 0: by device")
+    tile_columns: int = Field(0, ge=0, description="candidates a tile; 0: by device")
     dimensions: int | None = Field(None, ge=1, description="of the embeddings; default: those of the model")
 
 

@@ -411,7 +411,7 @@ REFERENCES: dict[str, Reference] = {
     "mochi": Reference(
         momentum(mochi),
         [
-            {"queue": 150, "hardest": 16, "mixed": 6, "mixed_with_query": 3, "direction": "both", "in_batch": False},
+            {"queue": 15, "hardest": 6, "mixed": 4, "mixed_with_query": 3, "direction": "both", "in_batch": False},
             {"queue": 12, "hardest": 4, "mixed": 3, "mixed_with_query": 2},
             {"queue": 7, "hardest": 20, "mixed": 0, "mixed_with_query": 3, "temperature": 0.5},
         ],
@@ -419,7 +419,7 @@ REFERENCES: dict[str, Reference] = {
     ),
     "feature-transformation": Reference(
         momentum(feature_transformation),
-        [{"queue": 150, "direction": "both"}, {"queue": 7, "extrapolation": None}],
+        [{"queue": 15, "direction": "both"}, {"queue": 7, "extrapolation": None}],
         TEACHERS,
     ),
     "mixup": Reference(mixup, [{}, {"beta": 3}]),

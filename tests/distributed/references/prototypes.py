@@ -237,7 +237,7 @@ REFERENCES: dict[str, Reference] = {
         [
             {"queue": 9, "memory": 11, "neighbours": 2, "layers": 1, "heads": 3, "momentum": 0.7},
             {
-                "queue": 150,
+                "queue": 40,
                 "memory": 9,
                 "neighbours": 3,
                 "layers": 2,

@@ -238,13 +238,13 @@ REFERENCES: dict[str, Reference] = {
     "moco": Reference(
         moco,
         [
-            {"queue": 150, "in_batch": True, "direction": "both"},
+            {"queue": 14, "in_batch": True, "direction": "both"},
             {"queue": 6},
             {"queue": 9, "direction": "both", "temperature": 0.2},
         ],
         TEACHERS,
     ),
-    "contriever": Reference(kind_of_moco("contriever"), [{"queue": 512, "direction": "both"}, {"queue": 10}], TEACHERS),
-    "infoxlm": Reference(kind_of_moco("infoxlm"), [{"queue": 512}], TEACHERS),
+    "contriever": Reference(kind_of_moco("contriever"), [{"queue": 12, "direction": "both"}, {"queue": 40}], TEACHERS),
+    "infoxlm": Reference(kind_of_moco("infoxlm"), [{"queue": 10}], TEACHERS),
     "moco-v3": Reference(moco_v3, views=TEACHERS),
 }

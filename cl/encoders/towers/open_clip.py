@@ -238,6 +238,10 @@ class OpenClipFamily(TowerFamily):
             net = build(embed_dim, tower, quick)
         except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(f"open_clip cannot build the {cfg.part} tower {cfg.config}: {error}.") from error
+        if cfg.part == "vision" and tower.timm_model_name and tower.timm_proj == "none":
+            width = net.trunk.num_features
+            if width != embed_dim:
+                raise ConfigError(f"timm_proj is none, but the trunk's width {width} is not embed_dim {embed_dim}.")
         replace_attention(net)
         if cfg.part == "text":
             return TextTower(net)

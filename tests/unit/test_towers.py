@@ -163,7 +163,7 @@ def test_a_timm_file_gives_timms_own_features(name: str, tmp_path: Path) -> None
     import timm
 
     fields = VISION_TOWERS[name]
-    theirs = timm.create_model(fields["name"], num_classes=5, **fields["config"]).eval()
+    theirs: Any = timm.create_model(fields["name"], num_classes=5, **fields["config"]).eval()
     save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "timm.safetensors")
     cfg = model_of(**fields)
     model = build_model(cfg.model_copy(update={"weights": str(tmp_path / "timm.safetensors")})).eval()

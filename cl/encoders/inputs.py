@@ -62,7 +62,8 @@ class TextInput:
 
     def encode(self, texts: Sequence[str]) -> Tensor | dict[str, Tensor]:
         """Tokenise and pad a batch."""
-        rows = self.tokenizer(texts)
+        # A text without a single token is one of padding that counts: attention over nothing has no value.
+        rows = [row or [self.tokenizer.pad_id] for row in self.tokenizer(texts)]
         longest = max((len(row) for row in rows), default=1)
         width = self.length or min(-(-longest // 8) * 8, self.tokenizer.max_tokens)
         ids = np.full((len(rows), width), self.tokenizer.pad_id, dtype=np.int64)

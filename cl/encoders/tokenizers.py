@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Regex, decoders, pre_tokenizers, processors
@@ -79,6 +79,23 @@ def clip_bpe(vocab_size: int, max_tokens: int) -> Tokenizer:
     rust = RustTokenizer.from_str(_clip_json(vocab_size))
     rust.enable_truncation(max_tokens)
     return Tokenizer(rust, max_tokens, pad_id=0, clean=True)
+
+
+def ending(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """The same tokenizer with `token` behind every text, however long: what the last state of a decoder stands on.
+
+    Raises:
+        ConfigError: the vocabulary has no such token.
+    """
+    rust = RustTokenizer.from_str(tokenizer.rust.to_str())
+    number = rust.token_to_id(token)
+    if number is None:
+        raise ConfigError(f"eos is {token!r}, but the tokenizer has no such token.")
+    if rust.encode("a").ids[-1] != number:  # it does so already
+        end = processors.TemplateProcessing(single=f"$A {token}", special_tokens=[(token, number)])
+        rust.post_processor = end if rust.post_processor is None else processors.Sequence([rust.post_processor, end])
+        rust.enable_truncation(tokenizer.max_tokens)
+    return replace(tokenizer, rust=rust)
 
 
 @functools.lru_cache(maxsize=4)

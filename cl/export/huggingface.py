@@ -26,6 +26,8 @@ def write(trained: Trained, folder: Path) -> str:
             f"The tower {name!r} ends in a {config.head} head, for which this format has no place: export to "
             "sentence-transformers, whose folder AutoModel reads as well."
         )
+    if config.pooling == "latent":
+        raise ConfigError(f"The tower {name!r} pools by latent attention, for which this format has no place.")
     save_transformer(trained, folder)
     return 'transformers.AutoModel.from_pretrained("{}")' + f"  # pooling: {config.pooling}"
 

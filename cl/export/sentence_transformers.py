@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cl import storage
+from cl.errors import ConfigError
 from cl.export.huggingface import save_transformer, text_tower
 from cl.export.run import Trained
 
@@ -24,7 +25,10 @@ def write(trained: Trained, folder: Path) -> str:
     Raises:
         ConfigError: the model has no text tower of Hugging Face.
     """
-    _, config, tower = text_tower(trained)
+    name, config, tower = text_tower(trained)
+    if config.pooling == "latent" or config.bidirectional:
+        what = "latent attention" if config.pooling == "latent" else "bidirectional attention of a decoder"
+        raise ConfigError(f"The tower {name!r} has {what}, for which sentence-transformers has no module.")
     save_transformer(trained, folder)
     limits = {"max_seq_length": config.max_tokens, "do_lower_case": False}
     storage.write_json(str(folder / "sentence_bert_config.json"), limits)

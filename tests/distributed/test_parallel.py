@@ -58,6 +58,30 @@ def test_the_same_losses_and_teachers(
         assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in ours)
 
 
+def test_towers_of_other_libraries_in_shards(pool: Pool, corpus: str, tmp_path: Path) -> None:
+    """timm's transformer and a decoder with latent attention, in chunks, with slower rates for deeper blocks."""
+    vit = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "reg_tokens": 2}
+    llama = {
+        "model_type": "llama",
+        "vocab_size": 600,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    text = {"family": "huggingface", "config": llama, "pooling": "latent", "latents": 4, "latent_heads": 2}
+    towers = {
+        "image": {"family": "timm", "name": "vit_tiny_patch16_224", "config": vit},
+        "text": {**text, "bidirectional": True, "max_tokens": 16},
+    }
+    model = {"embed_dim": 16, "towers": towers, "views": {"image": "image", "text": "text"}}
+    fields = {"model": model, "steps": 6, "optimizer": {"lr": 3e-3, "layer_decay": 0.8}}
+    one = losses(pool, 1, tiny_run(corpus, tmp_path / "one", **fields))
+    many = losses(pool, 2, tiny_run(corpus, tmp_path / "many", **fields, micro_batch=3, parallel=FSDP))
+    for alone, shared in zip(one, many, strict=True):
+        assert shared == pytest.approx(alone, rel=1e-9, abs=1e-9)
+
+
 @pytest.mark.parametrize("optimizer", [{}, {"name": "lamb", "lr": 0.01}, {"name": "lars", "lr": 1.0}], ids=str)
 def test_a_run_goes_from_shards_to_replicas_and_back(
     pool: Pool, corpus: str, tmp_path: Path, optimizer: dict[str, Any]

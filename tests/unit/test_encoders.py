@@ -16,9 +16,9 @@ from cl.config import load_config, parse_config, shipped_configs
 from cl.encoders import EncoderModel, ModelConfig, build_inputs, build_model, load_checkpoint_model, save_model
 from cl.encoders.attention import SelfAttention, attend
 from cl.encoders.model import check_model
+from cl.encoders.pooling import pool
 from cl.encoders.registry import TOWERS
 from cl.encoders.tokenizers import clean_text, clip_bpe
-from cl.encoders.towers.huggingface import pool
 from cl.engine.normalise import unit
 from cl.errors import ConfigError, DataError
 from tests.unit.corpora import encoded_image

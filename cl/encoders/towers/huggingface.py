@@ -1,24 +1,27 @@
 """Text towers of Hugging Face transformers: from a folder (or hub name), or from scratch by a config.
 
-Pooling is the mean over tokens, the first token or the last; a linear head maps to the shared space. Weights are
-read from safetensors only and no code of a model's repository is run.
+Encoders (BERT and its kin) and decoders (Llama, Qwen, Mistral ...): the embedding of a text does not depend on how much
+padding stands on either side of it. `bidirectional` lets the tokens of a decoder see what follows them (BehnamGhader et
+al. 2024, "LLM2Vec: Large Language Models Are Secretly Powerful Text Encoders"). A linear head maps to the shared space.
 """
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cl.encoders.attention import register_with_transformers
+from cl.encoders.auto_model import build_net, load_projection_, read_config
 from cl.encoders.config import TowerConfig
+from cl.encoders.heads import HeadKind, build_head
 from cl.encoders.inputs import TextInput, ViewInput
 from cl.encoders.outputs import TowerOutputs
+from cl.encoders.pooling import LatentAttention, PoolingKind, pool
 from cl.encoders.registry import TOWERS, TowerFamily
-from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
+from cl.encoders.tokenizers import clip_bpe, ending, folder_tokenizer
 from cl.errors import ConfigError
 
 
@@ -31,8 +34,17 @@ class HuggingFaceConfig(TowerConfig):
         default_factory=dict, description="fields of the transformers config (model_type, hidden_size, ...)"
     )
     pretrained: bool = Field(True, description="load the weights of `name`; false: its architecture from scratch")
-    pooling: Literal["mean", "cls", "last"] = Field("mean", description="how token states become one vector")
-    head: Literal["linear", "mlp", "none"] = Field("linear", description="map from the hidden size to embed_dim")
+    pooling: PoolingKind = Field(
+        "mean", description="how token states become one vector; latent: latent attention, then the mean (NV-Embed)"
+    )
+    latents: int = Field(512, gt=0, description="rows of the latent array; pooling latent only")
+    latent_heads: int = Field(8, gt=0, description="attention heads that read the latents; pooling latent only")
+    bidirectional: bool = Field(False, description="tokens of a decoder see those that follow them as well")
+    eos: str | None = Field(
+        None,
+        description="token put behind every text, such as </s>, which `last` then pools; null: as the tokenizer does",
+    )
+    head: HeadKind = Field("linear", description="map from the hidden size to embed_dim")
     max_tokens: int = Field(64, gt=1, description="longer texts are cut, tokens")
     tokenizer: str | None = Field(
         None, description="folder of a tokenizer; null: that of `name`, else CLIP's BPE cut to vocab_size"
@@ -50,25 +62,21 @@ class HuggingFaceTower(nn.Module):
 
     has_features = True
 
-    def __init__(self, net: nn.Module, pooling: str, head: str, embed_dim: int) -> None:
+    def __init__(self, net: nn.Module, cfg: HuggingFaceConfig, embed_dim: int, decodes: bool) -> None:
         super().__init__()
-        self.net, self.pooling = net, pooling
-        hidden = self.token_width = int(net.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        self.head: nn.Module
-        if head == "linear":
-            self.head = nn.Linear(hidden, embed_dim, bias=False)
-        elif head == "mlp":
-            middle = (hidden + embed_dim) // 2
-            self.head = nn.Sequential(nn.Linear(hidden, middle), nn.GELU(), nn.Linear(middle, embed_dim, bias=False))
-        else:
-            if hidden != embed_dim:
-                raise ConfigError(f"head is none, but the tower's hidden size {hidden} is not embed_dim {embed_dim}.")
-            self.head = nn.Identity()
+        self.net, self.pooling, self.decodes = net, cfg.pooling, decodes
+        width = self.token_width = int(net.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.latent: nn.Module | None = None
+        if cfg.pooling == "latent":
+            self.latent = LatentAttention(width, cfg.latents, cfg.latent_heads)
+        self.head = build_head(cfg.head, width, embed_dim)
 
     def forward(self, tokens: dict[str, Tensor], whole: bool = False) -> Tensor | TowerOutputs:
         mask = tokens["attention_mask"]
-        states = self.net(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
-        features = pool(states, mask, self.pooling)
+        # Of a decoder, positions count from the first real token, and nothing is kept for a next one.
+        decoding = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0), "use_cache": False} if self.decodes else {}
+        states = self.net(input_ids=tokens["input_ids"], attention_mask=mask, **decoding).last_hidden_state
+        features = pool(states if self.latent is None else self.latent(states), mask, self.pooling)
         embedding = self.head(features)
         return TowerOutputs(embedding, features, states) if whole else embedding
 
@@ -81,29 +89,10 @@ class HuggingFaceTower(nn.Module):
         raise ConfigError(f"{where} cannot be loaded into a huggingface tower: set its `name` to the model's folder.")
 
 
-def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Token states [B, L, C] and mask [B, L] -> [B, C]; an empty text gives zeros under `mean`."""
-    if pooling == "mean":
-        weights = mask.unsqueeze(-1).to(states.dtype)
-        return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
-    if pooling == "cls":
-        return states[:, 0]
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-    return states[torch.arange(len(states), device=states.device), last]
-
-
-def _net_config(cfg: HuggingFaceConfig) -> Any:
-    from transformers import AutoConfig
-
-    fields = dict(cfg.config)
-    try:
-        if cfg.name is not None:
-            return AutoConfig.from_pretrained(cfg.name, trust_remote_code=False, **fields)
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except Exception as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
-        what = f"{cfg.name} is not a model that transformers can read" if cfg.name else "config is not understood"
-        raise ConfigError(f"{what}: {reason}.") from error
+def _is_decoder(net: nn.Module) -> bool:
+    """Whether a transformer takes the positions of its tokens and has causal attention."""
+    positioned = "position_ids" in inspect.signature(net.forward).parameters
+    return positioned and any(getattr(module, "is_causal", False) for module in net.modules())
 
 
 @TOWERS.register(
@@ -119,41 +108,37 @@ class HuggingFaceFamily(TowerFamily):
     @staticmethod
     def build(cfg: HuggingFaceConfig, embed_dim: int) -> nn.Module:
         """A tower with the weights of `name`, or fresh ones."""
-        from transformers import AutoModel
-
-        net_config = _net_config(cfg)
-        positions = getattr(net_config, "max_position_embeddings", None)
+        config = read_config(cfg.name, cfg.config, "text")
+        positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and cfg.max_tokens > positions:
             raise ConfigError(f"max_tokens is {cfg.max_tokens}, but the tower has {positions} position embeddings.")
-        kernel = register_with_transformers()
-        try:
-            if cfg.name is not None and cfg.pretrained:
-                net = AutoModel.from_pretrained(
-                    cfg.name,
-                    config=net_config,
-                    attn_implementation=kernel,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    dtype=torch.float32,
-                )
-            else:
-                net = AutoModel.from_config(net_config, attn_implementation=kernel)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"{cfg.name or cfg.config} cannot be built: {' '.join(str(error).split())[:300]}"
-            ) from error
+        if cfg.bidirectional:
+            config.is_causal = False  # the masks that transformers makes
+        net: Any = build_net(cfg.name, config, cfg.pretrained)
+        decodes = _is_decoder(net)
+        if cfg.bidirectional:
+            if not decodes:
+                raise ConfigError(f"bidirectional is for decoders, which {config.model_type} is not.")
+            for module in net.modules():
+                if hasattr(module, "is_causal"):
+                    module.is_causal = False  # attention where there is no mask
         if getattr(net, "pooler", None) is not None:
             net.pooler = None  # not used: its parameters would never get a gradient
-        return HuggingFaceTower(net, cfg.pooling, cfg.head, embed_dim)
+        tower = HuggingFaceTower(net, cfg, embed_dim, decodes)
+        if cfg.name is not None and cfg.pretrained:
+            load_projection_(tower.head, cfg.name, "text")
+        return tower
 
     @staticmethod
     def inputs(cfg: HuggingFaceConfig, train: bool) -> ViewInput:
         """Token ids and mask, padded to the longest text of the batch."""
-        vocab_size = int(_net_config(cfg).vocab_size)
+        vocab_size = int(read_config(cfg.name, cfg.config, "text").vocab_size)
         folder = cfg.tokenizer or cfg.name
         if folder is None:
-            return TextInput(clip_bpe(vocab_size, cfg.max_tokens), masked=True)
-        return TextInput(folder_tokenizer(folder, cfg.max_tokens, vocab_size), masked=True)
+            tokenizer = clip_bpe(vocab_size, cfg.max_tokens)
+        else:
+            tokenizer = folder_tokenizer(folder, cfg.max_tokens, vocab_size)
+        return TextInput(tokenizer if cfg.eos is None else ending(tokenizer, cfg.eos), masked=True)
 
     @staticmethod
     def save_files(cfg: HuggingFaceConfig, tower: nn.Module, folder: Path) -> None:
@@ -167,4 +152,4 @@ class HuggingFaceFamily(TowerFamily):
     @staticmethod
     def restored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Architecture and tokenizer come from the folder, weights from the checkpoint."""
-        return {**fields, "name": str(folder), "config": {}, "pretrained": False, "tokenizer": None}
+        return {**fields, "name": str(folder), "config": {}, "pretrained": False, "tokenizer": None, "eos": None}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,18 +20,13 @@ from cl.encoders.attention import replace_attention
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import ImageInput, TextInput, ViewInput
 from cl.encoders.outputs import TowerOutputs
+from cl.encoders.pixels import Pixels, TowerAugmentation
 from cl.encoders.registry import TOWERS, TowerFamily
 from cl.encoders.tokenizers import clip_bpe, folder_tokenizer
 from cl.errors import ConfigError
 from cl.objectives.schedule import Ramp, Scheduled, value_at
 from cl.pairs import Clock
-from cl.views.augmentation import named
 from cl.views.image_augmentation import ImageAugmentation
-
-
-def _augment(value: Any) -> Any:
-    """A mapping without a name changes fields of the weak augmentation."""
-    return named({"name": "weak", **value} if isinstance(value, dict) else value)
 
 
 class OpenClipConfig(TowerConfig):
@@ -44,9 +39,7 @@ class OpenClipConfig(TowerConfig):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="open_clip's vision_cfg or text_cfg")
     quick_gelu: bool | None = Field(None, description="OpenAI's activation; null takes it from the named model")
-    augment: Annotated[SerializeAsAny[ImageAugmentation], BeforeValidator(_augment)] | None = Field(
-        ImageAugmentation(), description="of training images where the view has none of its own; null: the centre crop"
-    )
+    augment: TowerAugmentation = ImageAugmentation()
     mean: tuple[float, float, float] = Field(
         (0.48145466, 0.4578275, 0.40821073), description="subtracted from pixels in [0, 1]"
     )
@@ -86,24 +79,16 @@ class VisionTower(nn.Module):
     Vision transformers read pictures of any size with resized positions, and give features and patches too.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], patch_dropout: Scheduled | None = None
-    ) -> None:
+    def __init__(self, net: nn.Module, pixels: Pixels, patch_dropout: Scheduled | None = None) -> None:
         from open_clip.transformer import VisionTransformer
 
         super().__init__()
-        self.net, self.patch_dropout = net, patch_dropout
+        self.net, self.pixels, self.patch_dropout = net, pixels, patch_dropout
         self.has_features = isinstance(net, VisionTransformer)
         self.token_width: int | None = net.ln_post.normalized_shape[0] if isinstance(net, VisionTransformer) else None
-        # In units of a byte; not in the state dict, for they are config.
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, whole: bool = False) -> Tensor | TowerOutputs:
-        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        pixels = self.pixels(images)
         if not self.has_features:
             return self.net(pixels)
         made = self._transform(pixels)
@@ -253,12 +238,16 @@ class OpenClipFamily(TowerFamily):
             net = build(embed_dim, tower, quick)
         except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(f"open_clip cannot build the {cfg.part} tower {cfg.config}: {error}.") from error
+        if cfg.part == "vision" and tower.timm_model_name and tower.timm_proj == "none":
+            width = net.trunk.num_features
+            if width != embed_dim:
+                raise ConfigError(f"timm_proj is none, but the trunk's width {width} is not embed_dim {embed_dim}.")
         replace_attention(net)
         if cfg.part == "text":
             return TextTower(net)
         if cfg.patch_dropout is not None or not cfg.projection:
             _change_transformer(net, cfg, embed_dim)
-        return VisionTower(net, cfg.mean, cfg.std, cfg.patch_dropout)
+        return VisionTower(net, Pixels(cfg.mean, cfg.std), cfg.patch_dropout)
 
     @staticmethod
     def inputs(cfg: OpenClipConfig, train: bool) -> ViewInput:

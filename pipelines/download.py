@@ -8,6 +8,7 @@ is killed and started again fetches only what has no record. What cannot be had 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -83,7 +84,11 @@ def download(cfg: DownloadConfig) -> DownloadResult:
     options = cfg.model_dump(include={"columns", "shard_rows"})
     cuts = [TableTask(number, table, options, out) for number, table in enumerate(tables)]
     check_table(tables[0], cfg.columns)  # before Ray starts; the other tables are checked by their own tasks
-    with write_run_info(out, "download", cfg) as run:
+    with write_run_info(out, "download", cfg) as run, contextlib.ExitStack() as stack:
+        if any(cut.done() is None for cut in cuts):  # both passes share one Ray; a finished run needs none
+            from cluster.session import ray_session
+
+            stack.enter_context(ray_session(num_cpus=cfg.cpus))
         tasks = _tasks(cfg, cuts, out)
         records, reused = make_fragments(tasks, DownloadTask.dump, _download, out, "Downloading", cfg.cpus)
         _forget_rows(out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 import orjson
@@ -73,6 +73,7 @@ class Placement(GlobalStage):
     """
 
     name: ClassVar[str] = "write"
+    frozen: ClassVar[Literal["anew"]] = "anew"
     seeded: ClassVar[bool] = True
 
     settings: WriteConfig

@@ -36,7 +36,10 @@ WORDS = (
 )  # fmt: skip
 
 
-def corpus_of(root: Path, first: int, count: int, rng: np.random.Generator, cuts: list[int]) -> Corpus:
+def corpus_of(
+    root: Path, first: int, count: int, rng: np.random.Generator, cuts: list[int], like: Corpus | None = None
+) -> Corpus:
+    """Random rows with likenesses among them, and to the rows of another corpus."""
     points = unit_points(rng, count, WIDTH, 12, 0.15)
     sentences = [" ".join(rng.choice(WORDS, 7)) for _ in range(40)]
     texts = []
@@ -50,6 +53,13 @@ def corpus_of(root: Path, first: int, count: int, rng: np.random.Generator, cuts
         texts.append((f"{WORDS[template % 16]} {WORDS[template // 16]} photo {first + row}", " ".join(words)))
     for row in range(0, count, 9):  # equal content
         texts[row] = texts[(row * 7) % count]
+    for row, other in zip(range(0, count, 3), rows_of(like) if like else (), strict=False):
+        if row % 4 == 0:
+            texts[row] = (other["anchor"], other["positive"])
+        elif row % 4 == 1:
+            texts[row] = (texts[row][0], " ".join([*other["positive"].split()[:-1], "new"]))
+        else:
+            points[row] = other["v"]
     ids = [row_id(first + row) for row in range(count)]
     return vector_corpus(root, {"v": points}, cuts, ids, texts, score=list(np.round(rng.random(count), 1)))
 
@@ -159,7 +169,7 @@ def rows_of(corpus: Corpus) -> list[dict[str, Any]]:
 def test_new_rows_are_judged_one_by_one_as_documented(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     old_corpus = corpus_of(tmp_path / "old", 0, 300, rng, [210])
-    new_corpus = corpus_of(tmp_path / "new", 1000, 200, rng, [60])
+    new_corpus = corpus_of(tmp_path / "new", 1000, 200, rng, [60], old_corpus)
     old = plan_of(old_corpus, tmp_path / "a")
     table = run_built(old).to_pylist()
     expected = Oracle(old, table, rows_of(old_corpus)).judge(rows_of(new_corpus))

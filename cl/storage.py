@@ -1,7 +1,7 @@
 """Files anywhere: local paths and any fsspec URL, written so that a reader never sees half a file.
 
 Local files are written beside their place under a temporary name and renamed; on object stores one put is
-atomic already. Nothing here keeps state.
+atomic already: what is to be put is collected in a local temporary file. Nothing here keeps state.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -28,7 +29,7 @@ TEMPORARY = ".tmp-"
 def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind a path or URL and the path within it."""
     try:
-        return fsspec.core.url_to_fs(str(url))
+        return fsspec.core.url_to_fs(str(url), use_listings_cache=False)  # other processes write files meanwhile
     except (ValueError, ImportError) as error:
         raise DataError(f"{url} cannot be opened: {error}.") from error
 
@@ -88,8 +89,11 @@ def atomic_write(url: str) -> Iterator[IO[bytes]]:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
         else:
-            with fs.transaction, fs.open(path, "wb") as file:
+            # Not fs.transaction: it belongs to the file system, so that one write within another would end it.
+            with tempfile.NamedTemporaryFile(prefix=TEMPORARY) as file:
                 yield file
+                file.flush()
+                fs.put_file(file.name, path)
     except OSError as error:
         raise write_error(url, error) from error
 

@@ -126,12 +126,16 @@ def node_seconds(plan: Plan, number: int) -> float:
     if isinstance(node.stage, (GlobalStage, KeyedStage)):
         done = storage.read_json(storage.join(plan.folder(number, "reduced"), "done.json"))
         seconds += float(done["seconds"])
+        if done.get("frozen"):  # taken over: there are no partials
+            return seconds + sum(map(_seconds, files))
         then = replace(plan, partitions=done.get("partitions", 1))  # how it was computed, perhaps in an earlier run
         files += [then.file(Step(number, "partial"), fragment) for fragment in range(len(plan.corpus.fragments))]
-    for url in files:
-        with storage.open_parquet(url) as file:
-            seconds += float((file.schema_arrow.metadata or {}).get(SECONDS, b"0"))
-    return seconds
+    return seconds + sum(map(_seconds, files))
+
+
+def _seconds(url: str) -> float:
+    with storage.open_parquet(url) as file:
+        return float((file.schema_arrow.metadata or {}).get(SECONDS, b"0"))
 
 
 def write_funnel(plan: Plan, funnel: dict[str, Any]) -> None:

@@ -12,15 +12,17 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import yaml
 from blake3 import blake3
 from pydantic import BaseModel, Field, PlainSerializer, PlainValidator
 
 from cl import storage
-from cl.config import Config, config_digest
+from cl.config import Config, config_digest, parse_config
 from cl.corpus import Corpus, open_corpus
 from cl.errors import ConfigError, DataError
 from cl.run import write_run_info
 from cl.tombstones import refuse_unfinished_removal, tombstones_digest
+from pipelines.against import check_against, take_over
 from pipelines.annotate import annotate, annotated_file, build_funnel, write_funnel
 from pipelines.execute import execute, reduce_node
 from pipelines.paths import absolute
@@ -43,6 +45,11 @@ class CurateConfig(Config):
 
     corpus: str = Field(description="the corpus to curate: a folder or URL")
     out: str = Field(description="the folder or URL of the curated corpus and of what the run remembers")
+    against: str | None = Field(
+        None,
+        description="a finished curation by the same stages: its thresholds, centroids and counts judge the samples, "
+        "its kept ones stay and are duplicated by none; None: the samples are judged among themselves",
+    )
     seed: int = Field(0, description="fixes every random choice")
     model: str | None = Field(None, description="Clew checkpoint or training run for stages that need a model")
     stages: Stages = Field(description="stages in order, each `name: {fields}`; see `clew stages`")
@@ -78,10 +85,13 @@ def curate(cfg: CurateConfig) -> CurateResult:
     out = absolute(cfg.out)
     _check_places(corpus.root, out)
     refuse_unfinished_removal(out)
-    plan, columns = _plan(cfg, corpus, out)
+    frozen = None if cfg.against is None else finished_plan(absolute(cfg.against))
+    plan, columns = _plan(cfg, corpus, out, frozen)
+    if frozen is not None:
+        check_against(plan, frozen)
     key = run_key(plan, cfg.write)
     if removed := tombstones_digest(out):  # what was removed from a finished run leaves it finished
-        plan, columns = _plan(cfg, corpus, out, [Removed(root=out)])
+        plan, columns = _plan(cfg, corpus, out, frozen, [Removed(root=out)])
         key = f"{key}:{removed}"
     finished = _finished(plan, key)
     if finished is not None:
@@ -112,7 +122,28 @@ def _check_places(corpus: str, out: str) -> None:
             raise ConfigError(f"out ({out}) holds something that `clew curate` did not write; give another folder.")
 
 
-def _plan(cfg: CurateConfig, corpus: Corpus, out: str, first: Sequence[Stage] = ()) -> tuple[Plan, list[str]]:
+def finished_plan(out: str) -> Plan:
+    """The plan of a finished curation, from what is written in its folder.
+
+    Raises:
+        ConfigError: the folder is none of a curation, or its config cannot be run any more.
+        DataError: it is not finished, or the corpus that it read is gone.
+    """
+    written = storage.join(out, "config.yaml")
+    if not storage.exists(_marker(out)) or not storage.exists(written):
+        raise ConfigError(f"against ({out}) is no folder of a curation that remembers what its stages found (.nodes).")
+    refuse_unfinished_removal(out)
+    open_corpus(out)
+    fs, path = storage.open_fs(written)
+    cfg = parse_config(CurateConfig, yaml.safe_load(fs.cat_file(path)), written)
+    frozen = None if cfg.against is None else finished_plan(absolute(cfg.against))
+    removed = [Removed(root=out)] if tombstones_digest(out) else []
+    return _plan(cfg, open_corpus(absolute(cfg.corpus)), out, frozen, removed)[0]
+
+
+def _plan(
+    cfg: CurateConfig, corpus: Corpus, out: str, frozen: Plan | None = None, first: Sequence[Stage] = ()
+) -> tuple[Plan, list[str]]:
     """The plan with the stages around the user's: what comes first, finding the bytes, and placing what is kept."""
     model = None if cfg.model is None else absolute(cfg.model)
     stages: list[Stage] = [stage for stage in cfg.stages if not isinstance(stage, Locate)]
@@ -122,7 +153,7 @@ def _plan(cfg: CurateConfig, corpus: Corpus, out: str, first: Sequence[Stage] = 
     listed = build_plan(corpus, stages, out, cfg.seed, model)
     columns = carried(listed, cfg.write)
     complete = [*stages, Placement(settings=cfg.write)]
-    return build_plan(corpus, complete, out, cfg.seed, model, cfg.partitions), columns
+    return build_plan(corpus, complete, out, cfg.seed, model, cfg.partitions, frozen), columns
 
 
 def run_key(plan: Plan, write: WriteConfig) -> str:
@@ -177,6 +208,7 @@ def _run(plan: Plan, columns: list[str], cfg: CurateConfig, key: str) -> CurateR
     for folder in PRODUCTS:
         storage.sweep_temporary(storage.join(plan.out, folder))
     last = plan.nodes[-1].number
+    take_over(plan)
     before = segments(plan)[:-1]  # the last one places what is kept
     with ray_session(num_cpus=cfg.cpus):
         notes = (lambda number: annotated_file(plan, number), lambda number: annotate(plan, number))

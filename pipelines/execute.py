@@ -39,11 +39,14 @@ def execute(plan: Plan, extras: dict[int, list[Extra]], start: int = 0, stop: in
     for number, steps in list(enumerate(segments(plan)))[start:stop]:
         done = steps[-1].action == "partial" and plan.reduced(steps[-1].node)
         run_pass(plan, steps[:-1] if done else steps, extras.get(number, []))
+        own, joined = len(plan.corpus.fragments), plan.fragments_for(steps[-1].node)
+        if steps[-1].action == "partial" and not done and joined > own:
+            run_pass(plan, steps[-1:], numbers=range(own, joined))
         if steps[-1].action == "partial" and number + 1 != stop:
             reduce_node(plan, steps[-1].node)
 
 
-def pending(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> list[int]:
+def pending(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra], numbers: range) -> list[int]:
     """Fragments of which a step's or an extra's file is missing."""
     there = {}
     for step in steps:
@@ -51,7 +54,7 @@ def pending(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra]) -> list[
         storage.sweep_temporary(folder)
         there[step] = set(storage.list_files(folder, ".parquet"))
     missing = []
-    for number in range(len(plan.corpus.fragments)):
+    for number in numbers:
         name = f"{number:05d}.parquet"
         if any(name not in names for names in there.values()) or any(
             not storage.exists(file(number)) for file, _ in extras
@@ -74,17 +77,21 @@ class _Tasks:
                 make(number)
 
 
-def run_pass(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra] = ()) -> None:
-    """One pass over the fragments; stages with a model run in actors, fed by the tasks before them as these finish."""
-    missing = pending(plan, steps, extras)
+def run_pass(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra] = (), numbers: range | None = None) -> None:
+    """One pass over the fragments; stages with a model run in actors, fed by the tasks before them as these finish.
+
+    Args:
+        numbers: of the fragments; None: those of the corpus.
+    """
+    missing = pending(plan, steps, extras, range(len(plan.corpus.fragments)) if numbers is None else numbers)
     if not missing:
         return
     groups = pools(plan, steps) or [((0, 1.0, 0.0), [])]
     if extras and groups[-1][0][0]:
         groups.append(((0, 1.0, 0.0), []))
     names = list(dict.fromkeys(plan.nodes[step.node].name for step in steps))
-    sizes = [fragment.samples for fragment in plan.corpus.fragments]
-    with progress(_title(names), total=sum(sizes[number] for number in missing), unit="samples") as bar, user_errors():
+    sizes = {number: _samples(plan, number) for number in missing}
+    with progress(_title(names), total=sum(sizes.values()), unit="samples") as bar, user_errors():
         stream = fragments_through_ray(
             missing,
             [
@@ -94,6 +101,11 @@ def run_pass(plan: Plan, steps: Sequence[Step], extras: Sequence[Extra] = ()) ->
         )
         for number in stream:
             bar.advance(sizes[number])
+
+
+def _samples(plan: Plan, number: int) -> int:
+    owner, own = plan.home(number)
+    return owner.corpus.fragments[own].samples
 
 
 def _title(names: Sequence[str]) -> str:

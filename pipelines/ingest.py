@@ -10,29 +10,25 @@ with the same bytes; a finished one does nothing. Image bytes stay where they ar
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from cl import storage
 from cl.config import Config
-from cl.corpus import Corpus, Fragment, Kind
+from cl.corpus import Kind
 from cl.errors import DataError
-from cl.progress import progress
 from cl.run import write_run_info
 from cl.tombstones import refuse_unfinished_removal
+from pipelines.fragments import commit, count_reasons, count_sources, make_fragments, refuse_foreign
 from pipelines.images import MAX_PIXELS
-from pipelines.inputs import Shard, find_shards
-from pipelines.ray_data import prepare_ray_data
-from pipelines.shards import RECORDS, Task, check_columns, ingest_shard
+from pipelines.inputs import find_shards
+from pipelines.paths import absolute
+from pipelines.shards import IngestTask, check_columns, ingest_shard
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "image-text": ("image", "text", "meta"),
     "text-text": ("anchor", "positive", "negatives", "key"),
 }
-BLOCKS_PER_CPU = 4  # more blocks balance better, but each costs tens of milliseconds
 
 
 class IngestConfig(Config):
@@ -87,161 +83,43 @@ def ingest(cfg: IngestConfig) -> IngestResult:
         ConfigError: a Ray cluster that cannot be reached.
     """
     started = time.monotonic()
-    shards, kind = find_shards(cfg.inputs, cfg.kind, cfg.source)
-    for name in cfg.columns:
-        if name not in COLUMNS[kind]:
-            raise DataError(f"columns.{name} is not used for {kind}: accepted are {', '.join(COLUMNS[kind])}.")
-    out = _root(cfg.out)
-    _refuse_foreign(out)
+    out = absolute(cfg.out)
+    tasks, kind = ingest_tasks(cfg)
+    refuse_foreign(out, "ingest")
     refuse_unfinished_removal(out)
-    tasks = _tasks(cfg, shards, kind, out)
     check_columns(tasks[0])  # before Ray starts; the other tables are checked by their own tasks
-    records = {task.number: record for task in tasks if (record := task.done())}
-    pending = [task for task in tasks if task.number not in records]
-    reused = len(records)
     with write_run_info(out, "ingest", cfg) as run:
-        if pending:
-            _uncommit(out)
-            for folder in ("samples", "quarantine", RECORDS):
-                storage.sweep_temporary(storage.join(out, folder))
-            with progress("Ingesting", total=len(tasks), unit="shards") as bar:
-                bar.advance(reused)
-                for record in _run(pending, cfg.cpus):
-                    records[record["number"]] = record
-                    bar.advance(1, note=f"{sum(r['samples'] for r in records.values()):,} samples")
-        corpus = _commit([records[task.number] for task in tasks], tasks, kind, out)
-        result = _summarise(corpus, records, reused, out, time.monotonic() - started)
+        records, reused = make_fragments(tasks, IngestTask.dump, _work, out, "Ingesting", cfg.cpus)
+        corpus = commit(records, tasks, kind, out)
+        result = IngestResult(
+            out=cfg.out.rstrip("/") or "/",
+            kind=corpus.kind,
+            samples=corpus.samples,
+            quarantined=corpus.quarantined,
+            reasons=count_reasons(records),
+            sources=count_sources(records),
+            shards=len(tasks),
+            reused=reused,
+            seconds=round(time.monotonic() - started, 3),
+        )
         run.add(result=result.model_dump())
     return result
 
 
-def _root(out: str) -> str:
-    return out.rstrip("/") or "/"
+def ingest_tasks(cfg: IngestConfig) -> tuple[list[IngestTask], Kind]:
+    """The work of an ingest, one task a shard, and the kind of corpus.
 
-
-def _tasks(cfg: IngestConfig, shards: list[Shard], kind: Kind, out: str) -> list[Task]:
-    options = cfg.model_dump(include={"columns", "max_pixels", "chunk_bytes", "chunk_rows"}) | {"kind": kind}
-    absolute = storage.open_fs(out)[1] if storage.is_local(out) else out  # workers may run in another folder
-    return [Task(number, shard, options, absolute) for number, shard in enumerate(shards)]
-
-
-def _refuse_foreign(out: str) -> None:
-    """Never write over what ingest has not made."""
-    if storage.exists(storage.join(out, "corpus.json")) and not storage.exists(storage.join(out, RECORDS)):
-        raise DataError(f"{out} holds a corpus that ingest did not make: choose another folder.")
-    if (
-        storage.exists(out)
-        and not storage.list_files(storage.join(out, RECORDS))
-        and storage.list_files(storage.join(out, "samples"))
-    ):
-        raise DataError(f"{out} holds a samples folder that ingest did not make: choose another folder.")
-
-
-def _uncommit(out: str) -> None:
-    """Take back the manifest while fragments change: a reader must not see old and new ones together."""
-    fs, path = storage.open_fs(storage.join(out, "corpus.json"))
-    if fs.exists(path):
-        fs.rm(path)
-
-
-def _run(tasks: list[Task], cpus: int | None) -> Iterator[dict[str, Any]]:
-    """The records of the tasks in the order in which they end."""
-    import orjson
-
-    from cluster.session import ray_session
-
-    with ray_session(num_cpus=cpus) as session:
-        import ray.data
-
-        prepare_ray_data()
-        blocks = max(1, min(len(tasks), round(BLOCKS_PER_CPU * session.cpus)))
-        items = [{"task": task.dump()} for task in tasks]
-        records = ray.data.from_items(items, override_num_blocks=blocks).map_batches(_work, batch_size=1)
-        for row in records.iter_rows():
-            record = orjson.loads(row["record"])
-            if "error" in record:
-                raise DataError(record["error"])
-            yield record
-
-
-def _work(batch: dict[str, Any]) -> dict[str, list[str]]:
-    """The Ray Data function: one task in, its record out.
-
-    What the user can mend travels as data, as Ray Data drops the cause when it wraps an exception.
+    Raises:
+        DataError: a path that does not exist, or a setting that is not of this kind.
     """
-    import orjson
-
-    out = []
-    for text in batch["task"]:
-        try:
-            record = ingest_shard(Task.load(text))
-        except DataError as error:
-            record = {"error": str(error)}
-        out.append(orjson.dumps(record).decode())
-    return {"record": out}
+    shards, kind = find_shards(cfg.inputs, cfg.kind, cfg.source)
+    for name in cfg.columns:
+        if name not in COLUMNS[kind]:
+            raise DataError(f"columns.{name} is not used for {kind}: accepted are {', '.join(COLUMNS[kind])}.")
+    options = cfg.model_dump(include={"columns", "max_pixels", "chunk_bytes", "chunk_rows"}) | {"kind": kind}
+    out = absolute(cfg.out)
+    return [IngestTask(number, shard, options, out) for number, shard in enumerate(shards)], kind
 
 
-def _commit(records: list[dict[str, Any]], tasks: list[Task], kind: Kind, out: str) -> Corpus:
-    """Check, sweep what older runs left, and write the manifest."""
-    fragments = [
-        Fragment(
-            path=task.fragment_path(record),
-            samples=record["samples"],
-            shard=record["shard"],
-            row_groups=record["row_groups"],
-        )
-        for task, record in zip(tasks, records, strict=True)
-        if record["samples"]
-    ]
-    quarantined = sum(record["quarantined"] for record in records)
-    corpus = Corpus(kind=kind, samples=sum(f.samples for f in fragments), quarantined=quarantined, fragments=fragments)
-    _sweep(records, tasks, out)
-    if corpus.samples == 0:
-        reasons = _reasons(records)
-        told = f"{quarantined} were quarantined ({', '.join(f'{n} {reason}' for reason, n in reasons.items())})"
-        where = f"; see {storage.join(out, 'quarantine')}" if quarantined else ""
-        raise DataError(
-            f"No valid sample in {len(tasks)} shard{'s' if len(tasks) > 1 else ''}, first {tasks[0].shard.url}: "
-            f"{told if quarantined else 'they are empty'}{where}."
-        )
-    corpus.write(out)
-    return corpus
-
-
-def _sweep(records: list[dict[str, Any]], tasks: list[Task], out: str) -> None:
-    """Delete fragments of earlier runs that are not part of this one."""
-    wanted = {task.record_path for task in tasks}
-    wanted |= {task.fragment_path(record) for task, record in zip(tasks, records, strict=True) if record["samples"]}
-    wanted |= {task.quarantine_path for task, record in zip(tasks, records, strict=True) if record["quarantined"]}
-    for folder in ("samples", "quarantine", RECORDS):
-        for name in storage.list_files(storage.join(out, folder)):
-            if f"{folder}/{name}" not in wanted:
-                fs, path = storage.open_fs(storage.join(out, folder, name))
-                fs.rm(path)
-
-
-def _reasons(records: list[dict[str, Any]]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for record in records:
-        counts.update(record["reasons"])
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _summarise(
-    corpus: Corpus, records: dict[int, dict[str, Any]], reused: int, out: str, seconds: float
-) -> IngestResult:
-    ordered = [records[number] for number in sorted(records)]
-    sources: Counter[str] = Counter()
-    for record in ordered:
-        sources[record["source"]] += record["samples"]
-    return IngestResult(
-        out=out,
-        kind=corpus.kind,
-        samples=corpus.samples,
-        quarantined=corpus.quarantined,
-        reasons=_reasons(ordered),
-        sources=dict(sorted(sources.items())),
-        shards=len(ordered),
-        reused=reused,
-        seconds=round(seconds, 3),
-    )
+def _work(text: str) -> dict[str, Any]:
+    return ingest_shard(IngestTask.load(text))

@@ -24,7 +24,7 @@ from cl.corpus import Kind
 from cl.errors import DataError
 from cl.storage import TEMPORARY, open_fs
 
-Format = Literal["tar", "parquet", "jsonl"]
+Format = Literal["tar", "parquet", "jsonl", "csv", "tsv"]
 SUFFIXES: Final[dict[str, Format]] = {
     ".tar": "tar",
     ".parquet": "parquet",
@@ -33,6 +33,11 @@ SUFFIXES: Final[dict[str, Format]] = {
     ".ndjson": "jsonl",
     ".jsonl.gz": "jsonl",
     ".ndjson.gz": "jsonl",
+}
+# What lists URLs (`clew download`).
+TABLES: Final[dict[str, Format]] = {
+    **{suffix: form for suffix, form in SUFFIXES.items() if form != "tar"},
+    **{f".{form}{packed}": form for form in ("csv", "tsv") for packed in ("", ".gz")},
 }
 KINDS: Final[dict[Format, Kind]] = {"tar": "image-text", "parquet": "text-text", "jsonl": "text-text"}
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", re.I)
@@ -61,7 +66,7 @@ def find_shards(inputs: list[str], kind: Kind | Literal["auto"], source: str | N
     Raises:
         DataError: nothing there, nothing readable, mixed kinds, or two shards whose samples would get the same ids.
     """
-    shards = [shard for each in inputs for shard in _expand(each, kind, source)]
+    shards = [shard for each in inputs for shard in _expand(each, kind, source, SUFFIXES)]
     kinds = {KINDS[shard.format] for shard in shards}
     if len(kinds) > 1:
         raise DataError(
@@ -72,6 +77,22 @@ def find_shards(inputs: list[str], kind: Kind | Literal["auto"], source: str | N
     if kind not in ("auto", found):
         wanted = "tars" if kind == "image-text" else "parquet or jsonl files"
         raise DataError(f"{shards[0].url}: a corpus of kind {kind} is made of {wanted}.")
+    _refuse_equal_names(shards)
+    return shards, found
+
+
+def find_tables(inputs: list[str], source: str | None) -> list[Shard]:
+    """All tables of URLs in the order of the inputs, each folder or glob in natural order.
+
+    Raises:
+        DataError: nothing there, nothing readable, or two tables whose samples would get the same ids.
+    """
+    tables = [table for each in inputs for table in _expand(each, "auto", source, TABLES)]
+    _refuse_equal_names(tables)
+    return tables
+
+
+def _refuse_equal_names(shards: list[Shard]) -> None:
     seen: dict[tuple[str, str], Shard] = {}
     for shard in shards:
         other = seen.setdefault((shard.source, shard.name), shard)
@@ -80,10 +101,9 @@ def find_shards(inputs: list[str], kind: Kind | Literal["auto"], source: str | N
                 f"Shards {other.url} and {shard.url} are both {shard.name!r} of source {shard.source!r}, so their "
                 f"samples would get the same ids: give the folder above both as one input, or ingest them separately."
             )
-    return shards, found
 
 
-def _expand(pattern: str, kind: str, source: str | None) -> Iterator[Shard]:
+def _expand(pattern: str, kind: str, source: str | None, suffixes: dict[str, Format]) -> Iterator[Shard]:
     fs, path = open_fs(pattern)
     local = isinstance(fs, LocalFileSystem)
     if local:
@@ -95,48 +115,54 @@ def _expand(pattern: str, kind: str, source: str | None) -> Iterator[Shard]:
             if missing is not None:
                 raise DataError(f"Input {pattern}: {missing} does not exist.")
         elif _MAGIC.search(path) and not fs.exists(path):
-            files = [file for file in fs.glob(path) if _format(file)]
+            files = [file for file in fs.glob(path) if _format(file, suffixes)]
             base = posixpath.dirname(path[: _MAGIC.search(path).start()])  # type: ignore[union-attr]
             if not files:
-                raise DataError(f"Input {pattern} matches no {' or '.join(SUFFIXES)} file.")
+                raise DataError(f"Input {pattern} matches no {' or '.join(suffixes)} file.")
         elif fs.isdir(path):
-            files, base = _folder(fs, path, pattern, kind), path.rstrip("/")
+            files, base = _folder(fs, path, pattern, kind, suffixes), path.rstrip("/")
         elif fs.isfile(path):
             files, base = [path], posixpath.dirname(path)
         else:
             raise DataError(f"Input {pattern} does not exist.")
         for file in sorted(files, key=_natural) if len(files) > 1 else files:
-            yield _shard(fs, file, base, source, local, pattern)
+            yield _shard(fs, file, base, source, local, suffixes)
     except OSError as error:
         raise DataError(f"Input {pattern} cannot be read: {error.strerror or error}.") from error
 
 
-def _folder(fs: fsspec.AbstractFileSystem, path: str, pattern: str, kind: str) -> list[str]:
+def _folder(
+    fs: fsspec.AbstractFileSystem, path: str, pattern: str, kind: str, suffixes: dict[str, Format]
+) -> list[str]:
     if fs.isfile(posixpath.join(path, "corpus.json")):
         raise DataError(f"Input {pattern} is a corpus already: it can be curated and trained on as it is.")
     names = fs.find(path)
-    files = [name for name in names if _format(name) and not posixpath.basename(name).startswith((TEMPORARY, "."))]
+    files = [
+        name for name in names if _format(name, suffixes) and not posixpath.basename(name).startswith((TEMPORARY, "."))
+    ]
     if kind != "auto":
-        files = [name for name in files if KINDS[_format(name) or "tar"] == kind]
+        files = [name for name in files if KINDS[_format(name, suffixes) or "tar"] == kind]
     if not files:
         packed = next((name for name in names if _COMPRESSED_TAR.search(name)), None)
         if packed is not None:
             raise DataError(_compressed(packed))
-        raise DataError(f"Input {pattern} is a folder without any {' or '.join(SUFFIXES)} file.")
+        raise DataError(f"Input {pattern} is a folder without any {' or '.join(suffixes)} file.")
     return files
 
 
-def _shard(fs: fsspec.AbstractFileSystem, file: str, base: str, source: str | None, local: bool, pattern: str) -> Shard:
-    form = _format(file)
+def _shard(
+    fs: fsspec.AbstractFileSystem, file: str, base: str, source: str | None, local: bool, suffixes: dict[str, Format]
+) -> Shard:
+    form = _format(file, suffixes)
     if form is None:
         if _COMPRESSED_TAR.search(file):
             raise DataError(_compressed(file))
-        raise DataError(f"Input {pattern}: {posixpath.basename(file)} is no {', '.join(SUFFIXES)} file.")
+        raise DataError(f"Input {file} is no {', '.join(suffixes)} file.")
     info = fs.info(file)
     version = next(
         (str(info[key]) for key in ("mtime", "ETag", "etag", "LastModified", "md5Hash", "updated") if key in info), ""
     )
-    name = _stem(posixpath.relpath(file, base or "."))
+    name = _stem(posixpath.relpath(file, base or "."), suffixes)
     folder = posixpath.basename(posixpath.dirname(file))
     own = re.sub(r"[-_.]*\d+$", "", posixpath.basename(name)) or folder or "data"
     url = file if local else fs.unstrip_protocol(file)
@@ -147,13 +173,13 @@ def _compressed(file: str) -> str:
     return f"{file} is a compressed tar: samples are addressed by their offset, so decompress it to a plain .tar first."
 
 
-def _format(file: str) -> Format | None:
-    return next((form for suffix, form in SUFFIXES.items() if file.lower().endswith(suffix)), None)
+def _format(file: str, suffixes: dict[str, Format]) -> Format | None:
+    return next((form for suffix, form in suffixes.items() if file.lower().endswith(suffix)), None)
 
 
-def _stem(file: str) -> str:
+def _stem(file: str, suffixes: dict[str, Format]) -> str:
     return next(
-        (file[: -len(suffix)] for suffix in sorted(SUFFIXES, key=len, reverse=True) if file.lower().endswith(suffix)),
+        (file[: -len(suffix)] for suffix in sorted(suffixes, key=len, reverse=True) if file.lower().endswith(suffix)),
         file,
     )
 

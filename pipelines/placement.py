@@ -14,7 +14,7 @@ The rounds, over partitions (P), which hold whole lanes, or fragments (F):
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,7 @@ class Placement(KeyedStage):
     """Writes `PLACED`. A task holds some 100 bytes a sample of its lanes."""
 
     name: ClassVar[str] = "write"
+    frozen: ClassVar[Literal["anew"]] = "anew"
     seeded: ClassVar[bool] = True
     version: ClassVar[int] = 2
     sends: ClassVar[tuple[str, ...]] = ("rows",)

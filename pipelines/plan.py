@@ -80,6 +80,35 @@ class Plan:
     base: pa.Schema  # columns of the corpus
     columns: dict[str, int | None] = field(default_factory=dict)  # every column at the end -> the node that wrote it
     partitions: int = 1  # of keyed stages; no part of any key, as it changes no result
+    frozen: Plan | None = None  # of the finished curation against which the rows are judged
+
+    def digest(self) -> str:
+        """A digest of everything that the plan computes."""
+        return blake3("\0".join(node.key for node in self.nodes).encode()).hexdigest(length=16)
+
+    def named(self, name: str) -> Node | None:
+        """The node of a stage."""
+        return next((node for node in self.nodes if node.name == name), None)
+
+    def all_fragments(self) -> int:
+        """The fragments of the corpus and, behind them, of all finished curations."""
+        return len(self.corpus.fragments) + (self.frozen.all_fragments() if self.frozen else 0)
+
+    def fragments_for(self, node: int) -> int:
+        """How many fragments a node's rounds go over."""
+        return self.all_fragments() if self.nodes[node].stage.frozen == "rows" else len(self.corpus.fragments)
+
+    def home(self, fragment: int) -> tuple[Plan, int]:
+        """The plan that a fragment belongs to, and its number there."""
+        own = len(self.corpus.fragments)
+        if fragment < own:
+            return self, fragment
+        assert self.frozen is not None
+        return self.frozen.home(fragment - own)
+
+    def beside(self) -> int:
+        """Samples of the corpora of all finished curations."""
+        return self.frozen.corpus.samples + self.frozen.beside() if self.frozen else 0
 
     def folder(self, node: int, kind: str) -> str:
         """Where a node keeps its files: kind is `rows`, `partial`, `reduced` or `shuffle-P`."""
@@ -156,11 +185,13 @@ def build_plan(
     seed: int,
     model: str | None = None,
     partitions: int | None = None,
+    frozen: Plan | None = None,
 ) -> Plan:
     """Check that the stages fit together and the corpus, and key them.
 
     Args:
         partitions: of keyed stages; None: one for `PARTITION_ROWS` samples.
+        frozen: the plan of a finished curation against which the rows are judged.
 
     Raises:
         ConfigError: a stage that does not work on this kind of corpus, reads a column that nothing wrote before it,
@@ -187,6 +218,8 @@ def build_plan(
         parts += [stage.digest(), str(seed) if stage.seeded else "", origin]
         parts += [f"{column}={nodes[source].key}" for column, source in sorted(sources.items()) if source is not None]
         parts.append("" if after is None else nodes[after].key)
+        if frozen is not None and isinstance(stage, (GlobalStage, KeyedStage)) and stage.frozen != "anew":
+            parts.append(frozen.digest())
         key = blake3("\0".join(parts).encode()).hexdigest(length=16)
         makes = stage.makes(kind)
         nodes.append(Node(number, stage.name, stage, sources, after, makes, key))
@@ -202,8 +235,9 @@ def build_plan(
             columns[made.name] = number
         if stage.drops:
             after = number
-    partitions = partitions or min(-(-corpus.samples // PARTITION_ROWS), MAX_PARTITIONS)
-    return Plan(corpus, out, seed, nodes, base, columns, max(partitions, 1))
+    samples = corpus.samples + (frozen.corpus.samples + frozen.beside() if frozen else 0)
+    partitions = partitions or min(-(-samples // PARTITION_ROWS), MAX_PARTITIONS)
+    return Plan(corpus, out, seed, nodes, base, columns, max(partitions, 1), frozen)
 
 
 def _sources(

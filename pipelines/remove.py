@@ -283,6 +283,7 @@ def _record(root: str, fragment: Fragment, new: Fragment | None, lost: pa.Table)
         "samples": new.samples if new else 0,
         "row_groups": new.row_groups if new else [],
         "samples_path": new.path if new else None,
+        "shard": new.shard if new else record["shard"],
         "quarantined": table.num_rows,
         "reasons": dict(sorted(Counter(table["reason"].to_pylist()).items())),
     }

@@ -43,7 +43,7 @@ def run_task(plan: Plan, node: int, number: int, iteration: int, task: int) -> f
     if each.over != "partitions":
         fragments = range(task, task + 1)
     if each.over == "groups":
-        fragments = group_of_fragments(task, len(plan.corpus.fragments))
+        fragments = group_of_fragments(task, plan.fragments_for(node))
     inbox = Inbox(
         task,
         streams,
@@ -51,9 +51,10 @@ def run_task(plan: Plan, node: int, number: int, iteration: int, task: int) -> f
         columns,
         plan.corpus.kind,
         plan.seed,
-        len(plan.corpus.fragments),
+        plan.fragments_for(node),
         lambda stream, writer: read_written(plan, node, stream, writer),
         fragments,
+        len(plan.corpus.fragments),
     )
     write_streams(plan, node, each.run(inbox), each.writes, (after, task))
     return time.perf_counter() - start
@@ -68,7 +69,7 @@ def run_rounds(plan: Plan, node: int, runner: Runner) -> None:
     done = [number for number, each in enumerate(rounds) if _complete(plan, node, each)]
     for number in range(max(done, default=-1) + 1, len(rounds)):
         each = rounds[number]
-        tasks = _tasks(plan, each)
+        tasks = _tasks(plan, node, each)
         for stream in each.writes:
             storage.sweep_temporary(stream_folder(plan, node, stream))
         iteration = 0
@@ -86,14 +87,14 @@ def run_rounds(plan: Plan, node: int, runner: Runner) -> None:
     _delete(plan, node, {*stage.sends, *(name for each in rounds for name in each.writes)} - {stage.result})
 
 
-def _tasks(plan: Plan, each: Round) -> range:
-    fragments = len(plan.corpus.fragments)
+def _tasks(plan: Plan, node: int, each: Round) -> range:
+    fragments = plan.fragments_for(node)
     return range({"partitions": plan.partitions, "fragments": fragments, "groups": min(fragments, GROUPS)}[each.over])
 
 
 def _complete(plan: Plan, node: int, each: Round) -> bool:
     """Whether all that a round writes is there; one that repeats is looked at task by task."""
-    tasks = _tasks(plan, each)
+    tasks = _tasks(plan, node, each)
     names = {stream_name(0, task) for task in tasks}
     return not each.repeats and all(
         names <= set(storage.list_files(stream_folder(plan, node, name), ".arrow")) for name in each.writes

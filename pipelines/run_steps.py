@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,34 @@ class FragmentView:
         sources: dict[str, int | None] = dict.fromkeys(["id", *extra])
         sources |= node.sources
         columns = {name: self.column(name, source, positions) for name, source in sources.items()}
-        return Rows(pa.table(columns), positions, self.number, self.plan.corpus, self.plan.seed)
+        return Rows(
+            pa.table(columns), positions, self.number, self.plan.corpus, self.plan.seed, beside=self.plan.beside()
+        )
+
+
+class StandingView(FragmentView):
+    """The kept rows of a fragment of a finished curation, as a plan that judges new rows beside them sees them."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        super().__init__(*plan.home(number))
+        self.viewer, self.joined = plan, number
+
+    def alive(self, after: int | None) -> np.ndarray:
+        return super().alive(self.plan.last_drop())
+
+    def column(self, column: str, source: int | None, positions: np.ndarray) -> pa.ChunkedArray:
+        return super().column(column, self.plan.columns[column], positions)
+
+    def rows(self, node: Node, extra: Sequence[str] = ()) -> Rows:
+        found = super().rows(node, extra)
+        return replace(
+            found, fragment=self.joined, standing=True, beside=self.viewer.beside(), corpus=self.viewer.corpus
+        )
+
+
+def view_of(plan: Plan, number: int) -> FragmentView:
+    """The view of a fragment of the corpus, or of a finished curation."""
+    return FragmentView(plan, number) if number < len(plan.corpus.fragments) else StandingView(plan, number)
 
 
 class NodeColumns:
@@ -110,7 +138,7 @@ class NodeColumns:
         self.plan, self.node = plan, plan.nodes[node]
 
     def read(self, fragment: int, column: str) -> pa.ChunkedArray:
-        view = FragmentView(self.plan, fragment)
+        view = view_of(self.plan, fragment)
         source = self.plan.columns[column] if column not in self.node.sources else self.node.sources[column]
         return view.column(column, source, view.alive(self.node.after))
 
@@ -138,7 +166,7 @@ def run_steps(plan: Plan, steps: Sequence[Step], number: int, opened: dict[int, 
     missing = [step for step in steps if not storage.exists(plan.file(step, number))]
     if not missing:
         return
-    view = FragmentView(plan, number)
+    view = view_of(plan, number)
     view.preload(base_columns(plan, missing))
     measured: dict[int, dict[int, Any]] | None = None
     decode_seconds = 0.0
@@ -161,7 +189,7 @@ def run_steps(plan: Plan, steps: Sequence[Step], number: int, opened: dict[int, 
             share = decode_seconds
             output = _finish(stage, rows, measured[node.number], measured[-1])
         elif isinstance(stage, (GlobalStage, KeyedStage)):
-            output = stage.apply(rows, _reduced(plan, node.number, number))
+            output = stage.apply(rows, read_reduced(plan, node.number, number))
         else:
             assert isinstance(stage, RowStage)
             if node.number not in opened:
@@ -237,7 +265,8 @@ def _array(values: Any) -> pa.Array:
     return pa.array(values)
 
 
-def _reduced(plan: Plan, node: int, number: int) -> pa.Table:
+def read_reduced(plan: Plan, node: int, number: int) -> pa.Table:
+    """What a global node's reduction ended with, for one fragment."""
     folder = plan.folder(node, "reduced")
     info = storage.read_json(storage.join(folder, "done.json"))
     if "partitions" in info:

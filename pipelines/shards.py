@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Final
 
 import orjson
 import pyarrow as pa
@@ -33,30 +33,23 @@ RECORDS: Final = ".ingest"  # folder of the records, within the corpus
 
 
 class Task:
-    """Everything a worker needs for one shard; built from and turned into plain data.
+    """One fragment of a corpus that is being made: its files, and whether they are there.
 
     Args:
         number: of the fragment.
-        shard: the input.
-        options: kind, columns, max_pixels, chunk_bytes, chunk_rows.
         out: root of the corpus.
+        shard: where its samples come from; source and name make their ids.
+        options: `kind`, `chunk_bytes` and `chunk_rows`, and what else the work needs.
+        key: changes with anything that changes the output.
     """
 
-    def __init__(self, number: int, shard: Shard, options: dict[str, Any], out: str) -> None:
-        self.number, self.shard, self.options, self.out = number, shard, options, out
-        self.key = config_digest({"reader": READER_VERSION, "shard": shard.to_dict(), "options": options})
+    stage: ClassVar[str] = "ingest"  # as the quarantine names it
+
+    def __init__(self, number: int, out: str, shard: Shard, options: dict[str, Any], key: str) -> None:
+        self.number, self.out, self.shard, self.options, self.key = number, out, shard, options, key
         self.samples_path = f"samples/{number:05d}.parquet"
         self.quarantine_path = f"quarantine/{number:05d}.parquet"
         self.record_path = f"{RECORDS}/{number:05d}.json"
-
-    def dump(self) -> str:
-        parts = {"number": self.number, "shard": self.shard.to_dict(), "options": self.options, "out": self.out}
-        return orjson.dumps(parts).decode()
-
-    @classmethod
-    def load(cls, text: str) -> Task:
-        parts = orjson.loads(text)
-        return cls(parts["number"], Shard(**parts["shard"]), parts["options"], parts["out"])
 
     def url(self, path: str) -> str:
         return storage.join(self.out, path)
@@ -65,6 +58,11 @@ class Task:
         """Where the fragment of a record is: `clew remove` rewrites fragments under other names."""
         return str(record.get("samples_path") or self.samples_path)
 
+    def products(self, record: dict[str, Any]) -> list[str]:
+        """The files that belong to a record, within the corpus."""
+        kept = (self.fragment_path(record), "samples")
+        return [path for path, rows in (kept, (self.quarantine_path, "quarantined")) if record[rows]]
+
     def done(self) -> dict[str, Any] | None:
         """The record of this very work, if its files are there, else None."""
         if not storage.exists(self.url(self.record_path)):
@@ -72,16 +70,40 @@ class Task:
         record = storage.read_json(self.url(self.record_path))
         if not isinstance(record, dict) or record.get("key") != self.key:
             return None
-        kept = (self.fragment_path(record), "samples")
-        paths = [path for path, rows in (kept, (self.quarantine_path, "quarantined")) if record[rows]]
-        return record if all(storage.exists(self.url(path)) for path in paths) else None
+        return record if all(storage.exists(self.url(path)) for path in self.products(record)) else None
 
 
-def ingest_shard(task: Task) -> dict[str, Any]:
+class IngestTask(Task):
+    """Everything a worker needs to ingest one shard; built from and turned into plain data."""
+
+    def __init__(self, number: int, shard: Shard, options: dict[str, Any], out: str) -> None:
+        key = config_digest({"reader": READER_VERSION, "shard": shard.to_dict(), "options": options})
+        super().__init__(number, out, shard, options, key)
+
+    def dump(self) -> str:
+        parts = {"number": self.number, "shard": self.shard.to_dict(), "options": self.options, "out": self.out}
+        return orjson.dumps(parts).decode()
+
+    @classmethod
+    def load(cls, text: str) -> IngestTask:
+        parts = orjson.loads(text)
+        return cls(parts["number"], Shard(**parts["shard"]), parts["options"], parts["out"])
+
+
+def ingest_shard(task: IngestTask) -> dict[str, Any]:
     """Do the work of one task and return its record.
 
     Raises:
         DataError: the output cannot be written, or a table lacks a column.
+    """
+    return write_fragment(task, _read(task))
+
+
+def write_fragment(task: Task, records: Iterable[Record]) -> dict[str, Any]:
+    """Write what was read: a fragment, its part of the quarantine, and last the record that says so.
+
+    Raises:
+        DataError: the output cannot be written.
     """
     counts: Counter[str] = Counter()
     row_groups: list[int] = []
@@ -92,7 +114,7 @@ def ingest_shard(task: Task) -> dict[str, Any]:
 
     def kept() -> Iterator[ImageSample | TextSample]:
         nonlocal read
-        for record in _read(task):
+        for record in records:
             read += 1
             if gone and isinstance(record, (ImageSample, TextSample)):
                 key = f"{task.shard.name}/{record.key}"
@@ -115,12 +137,12 @@ def ingest_shard(task: Task) -> dict[str, Any]:
                 writer.write_table(_sample_table(chunk, task.shard, kind), row_group_size=len(chunk))
                 row_groups.append(len(chunk))
     if rejected:
-        storage.write_table(task.url(task.quarantine_path), _quarantine_table(rejected, task.shard))
+        storage.write_table(task.url(task.quarantine_path), _quarantine_table(rejected, task))
     counts.update(each.reason for each in rejected)
     samples = sum(row_groups)
     if read != samples + len(rejected):
         raise AssertionError(f"{task.shard.url}: {read} records were read but {samples} + {len(rejected)} written")
-    record = {
+    record: dict[str, Any] = {
         "key": task.key,
         "number": task.number,
         "shard": task.shard.url,
@@ -134,7 +156,7 @@ def ingest_shard(task: Task) -> dict[str, Any]:
     return record
 
 
-def _read(task: Task) -> Iterator[Record]:
+def _read(task: IngestTask) -> Iterator[Record]:
     shard, options = task.shard, task.options
     try:
         if shard.format == "tar":
@@ -186,19 +208,20 @@ def _sample_table(chunk: list[Any], shard: Shard, kind: Kind) -> pa.Table:
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def _quarantine_table(rejected: list[Rejected], shard: Shard) -> pa.Table:
+def _quarantine_table(rejected: list[Rejected], task: Task) -> pa.Table:
+    shard = task.shard
     keys = [None if each.key is None else f"{shard.name}/{each.key}" for each in rejected]
     columns = {
         "shard": [shard.url] * len(rejected),
         "key": keys,
-        "stage": ["ingest"] * len(rejected),
+        "stage": [task.stage] * len(rejected),
         "reason": [each.reason for each in rejected],
         "detail": [each.detail for each in rejected],
     }
     return pa.table(columns, schema=QUARANTINE_SCHEMA)
 
 
-def check_columns(task: Task) -> None:
+def check_columns(task: IngestTask) -> None:
     """Refuse a table whose columns are not those of the config.
 
     Raises:

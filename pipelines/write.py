@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -172,20 +172,31 @@ def _write_tar(file: Any, table: pa.Table, images: Sequence[bytes], columns: Seq
     """Write a webdataset tar; returns the offset of each image's bytes. Members are named by the sample's id."""
     offsets, position = [], 0
     for row, data in zip(table.drop_columns(["offset", "shard"]).to_pylist(), images, strict=True):
-        members = [
-            (EXTENSIONS[row["format"]], data),
-            ("json", orjson.dumps(_sidecar(row, columns))),
-            ("txt", row["text"].encode()),
-        ]
         offsets.append(position + BLOCK)
-        for suffix, content in members:
-            padding = -len(content) % BLOCK
-            file.write(tar_header(f"{row['id']}.{suffix}", len(content)))
-            file.write(content)
-            file.write(bytes(padding))
-            position += BLOCK + len(content) + padding
+        position += write_sample(file, row, data, _sidecar(row, columns))
     file.write(bytes(2 * BLOCK))
     return offsets
+
+
+def write_sample(file: IO[bytes], row: dict[str, Any], image: bytes, sidecar: dict[str, Any]) -> int:
+    """Write a sample's members (image first) to a tar and return how many bytes that took.
+
+    Args:
+        row: `id`, `format` and `text`.
+    """
+    members = [
+        (EXTENSIONS[row["format"]], image),
+        ("json", orjson.dumps(sidecar)),
+        ("txt", row["text"].encode()),
+    ]
+    size = 0
+    for suffix, content in members:
+        padding = -len(content) % BLOCK
+        file.write(tar_header(f"{row['id']}.{suffix}", len(content)))
+        file.write(content)
+        file.write(bytes(padding))
+        size += BLOCK + len(content) + padding
+    return size
 
 
 def _sidecar(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:

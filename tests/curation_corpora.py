@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cl.corpus import Corpus, Fragment, content_hash, sample_id, sample_schema, text_pair_content
+from pipelines.against import take_over
 from pipelines.annotate import annotate, annotated_file, build_funnel
 from pipelines.execute import reduce_partials
 from pipelines.images import ImageInfo, probe
@@ -137,13 +138,21 @@ def run_plan(
 ) -> pa.Table:
     """Run stages in this process, without Ray, and return the annotated rows of all fragments in order."""
     complete = [*parse_stages(stages), Placement(settings=WriteConfig())]
-    plan = build_plan(corpus, complete, str(out), seed, model, partitions)
-    fragments = range(len(corpus.fragments))
+    return run_built(build_plan(corpus, complete, str(out), seed, model, partitions))
+
+
+def run_built(plan: Plan) -> pa.Table:
+    """Run a plan in this process, without Ray, and return the annotated rows of all fragments in order."""
+    take_over(plan)
+    fragments = range(len(plan.corpus.fragments))
     opened: dict[int, Any] = {}
     for steps in segments(plan)[:-1]:
+        done = steps[-1].action == "partial" and plan.reduced(steps[-1].node)
         for number in fragments:
-            run_steps(plan, steps, number, opened)
-        if steps[-1].node != plan.nodes[-1].number:
+            run_steps(plan, steps[:-1] if done else steps, number, opened)
+        if steps[-1].node != plan.nodes[-1].number and not done:
+            for number in range(len(fragments), plan.fragments_for(steps[-1].node)):
+                run_steps(plan, steps[-1:], number, opened)
             reduce_here(plan, steps[-1].node)
     for number in fragments:
         annotate(plan, number)

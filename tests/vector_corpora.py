@@ -20,6 +20,7 @@ def vector_corpus(
     vectors: Mapping[str, np.ndarray],
     cuts: Sequence[int] = (),
     ids: Sequence[str] | None = None,
+    texts: Sequence[tuple[str, str]] | None = None,
     **columns: Sequence[Any],
 ) -> Corpus:
     """A text corpus with columns: vectors [n, D] in float16, and plain ones; cut into fragments at `cuts`.
@@ -27,7 +28,7 @@ def vector_corpus(
     The ids of the rows do not depend on the cuts; by default they are those of `row_id`.
     """
     count = len(next(iter([*vectors.values(), *columns.values()])))
-    texts = [(f"anchor {row}", f"positive {row}") for row in range(count)]
+    texts = texts or [(f"anchor {row}", f"positive {row}") for row in range(count)]
     ids = ids or [row_id(row) for row in range(count)]
     bounds = list(zip([0, *cuts], [*cuts, count], strict=True))
     text_corpus(root, [texts[start:end] for start, end in bounds])

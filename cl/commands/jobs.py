@@ -1,4 +1,4 @@
-"""The jobs: ingest, curate, train, eval, sweep, embed, export, report, and the demo of them all."""
+"""The jobs: ingest, download, curate, train, eval, sweep, embed, export, report, and the demo of them all."""
 
 from __future__ import annotations
 
@@ -73,17 +73,45 @@ def ingest(words: tuple[str, ...], out: str | None, name: str | None, as_json: b
     SRC are files, folders or URLs. Image bytes stay where they are; captions, sizes, hashes and places go to a table.
     What cannot be used goes to the corpus's quarantine with its shard, key and reason.
     """
+    if not split(words)[0] and name is None and not print_config:
+        raise ConfigError("clew ingest needs at least one source: a tar, parquet or jsonl file, a folder or a URL.")
+    config = _load_with_inputs("pipelines.ingest:IngestConfig", "ingest", words, out, name)
+    run_config("ingest", config, print_config, as_json, lambda: load("pipelines.ingest:ingest")(config))
+
+
+def _load_with_inputs(model: str, kind: str, words: tuple[str, ...], out: str | None, name: str | None) -> Any:
+    """The config of a command whose words are inputs and overrides."""
     from cl.config import load_config
 
-    sources, overrides = split(words)
-    if sources:
-        overrides.append(f"inputs={json.dumps(sources)}")
+    inputs, overrides = split(words)
+    if inputs:
+        overrides.append(f"inputs={json.dumps(inputs)}")
     if out is not None:
         overrides.append(f"out={json.dumps(out)}")
-    if not sources and name is None and not print_config:
-        raise ConfigError("clew ingest needs at least one source: a tar, parquet or jsonl file, a folder or a URL.")
-    config = load_config(load("pipelines.ingest:IngestConfig"), "ingest", name, overrides)
-    run_config("ingest", config, print_config, as_json, lambda: load("pipelines.ingest:ingest")(config))
+    return load_config(load(model), kind, name, overrides)
+
+
+@cli.command(
+    short_help="Fetch images by tables of URLs with captions.",
+    epilog=example(
+        "clew download urls.parquet --out runs/corpus columns.url=URL columns.text=TEXT",
+        "clew download metadata/ --out s3://bucket/pool columns.key=uid columns.sha256=sha256 source=datacomp",
+    ),
+)
+@click.argument("words", nargs=-1, metavar="TABLE... [FIELD=VALUE]...")
+@click.option("--out", help="Folder or URL of the corpus that is made.")
+@click.option("--config", "name", help="Start from a config: a path or the name of a shipped one.")
+@output_options
+def download(words: tuple[str, ...], out: str | None, name: str | None, as_json: bool, print_config: bool) -> None:
+    """Fetch images by tables of URLs with captions, and make a corpus of them.
+
+    TABLE are parquet, jsonl, csv or tsv files, folders or URLs. robots.txt and opt-out headers are honoured, hosts of
+    private networks are not asked. What cannot be had goes to the corpus's quarantine with its reason.
+    """
+    if not split(words)[0] and name is None and not print_config:
+        raise ConfigError("clew download needs at least one table: a parquet, jsonl, csv or tsv file, a folder or URL.")
+    config = _load_with_inputs("pipelines.download:DownloadConfig", "download", words, out, name)
+    run_config("download", config, print_config, as_json, lambda: load("pipelines.download:download")(config))
 
 
 _config_command(

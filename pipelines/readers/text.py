@@ -76,18 +76,11 @@ class TextReader:
 
         A row group that cannot be read costs its own rows, each of which is rejected; a value that cannot, its row.
         """
-        schema = file.schema_arrow
-        wanted = [name for name in schema.names if name == self.negatives or _is_plain(schema.field(name).type)]
-        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        if sum(counts) != file.metadata.num_rows or min(counts, default=0) < 0:
-            counts = [1] * len(counts)  # a damaged footer: how many rows are lost nobody knows
-        yield from self._rows(
-            row for group, rows in enumerate(counts) for row in _group_rows(file, group, rows, wanted)
-        )
+        yield from self._rows(parquet_rows(file, self.negatives))
 
     def read_jsonl(self, file: IO[bytes]) -> Iterator[Record]:
         """Every line of a JSON lines file; blank lines do not count."""
-        yield from self._rows(_lines(file))
+        yield from self._rows(jsonl_rows(file))
 
     def _rows(self, rows: Iterable[dict[str, Any] | Rejected]) -> Iterator[Record]:
         seen: set[str] = set()
@@ -125,6 +118,17 @@ class TextReader:
         meta = {name: value for name, value in row.items() if name not in self.used}
         text = orjson.dumps(meta, default=str).decode() if meta else None
         return TextSample(key, row[self.anchor].strip(), row[self.positive].strip(), negatives, text)
+
+
+def parquet_rows(file: pq.ParquetFile, nested: str | None = None) -> Iterator[dict[str, Any] | Rejected]:
+    """The rows of a parquet file, or why one cannot be read: columns of plain types, and one that is not."""
+    schema = file.schema_arrow
+    wanted = [name for name in schema.names if name == nested or _is_plain(schema.field(name).type)]
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    if sum(counts) != file.metadata.num_rows or min(counts, default=0) < 0:
+        counts = [1] * len(counts)  # a damaged footer: how many rows are lost nobody knows
+    for group, rows in enumerate(counts):
+        yield from _group_rows(file, group, rows, wanted)
 
 
 def _group_rows(
@@ -165,12 +169,10 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
             yield values
 
 
-def missing_column(url: str, name: str, names: Iterable[str]) -> str:
+def missing_column(url: str, name: str, names: Iterable[str], fields: Iterable[str] = ("anchor", "positive")) -> str:
     """The sentence for a column that is not there."""
-    return (
-        f"{url} has no column {name!r}; it has {', '.join(map(str, names)) or 'none'} "
-        f"(map it with columns.anchor=... columns.positive=...)."
-    )
+    mapped = " ".join(f"columns.{field}=..." for field in fields)
+    return f"{url} has no column {name!r}; it has {', '.join(map(str, names)) or 'none'} (map it with {mapped})."
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -184,7 +186,8 @@ def _is_plain(kind: pa.DataType) -> bool:
     return not (binary or pa.types.is_binary_view(kind) or pa.types.is_nested(kind))
 
 
-def _lines(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejected]:
+def jsonl_rows(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejected]:
+    """The objects of a JSON lines file, or why a line is none."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):

@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +57,8 @@ class Rows:
         fragment: number of the fragment.
         corpus: where the heavy plane is.
         seed: the run's seed, for keyed choices (see `pipelines.keyed`).
+        standing: whether these are kept rows of a finished curation, beside which new ones are judged: they stay.
+        beside: how many samples there are beside those of the corpus.
     """
 
     table: pa.Table
@@ -64,6 +66,8 @@ class Rows:
     fragment: int
     corpus: Corpus
     seed: int = 0
+    standing: bool = False
+    beside: int = 0
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -102,6 +106,9 @@ class Stage(Config):
     unkeyed: ClassVar[frozenset[str]] = frozenset()  # fields that do not change its results
     seeded: ClassVar[bool] = False  # whether its results depend on the run's seed
     pixels: ClassVar[bool] = False  # whether it looks at decoded images (`measure`)
+    # How a curation `against` a finished one judges new rows, where other rows matter: by what that one found out
+    # (statistics), beside its kept rows, which stay (rows), or as ever, if no other row matters (anew). "": not at all.
+    frozen: ClassVar[Literal["statistics", "rows", "anew", ""]] = ""
     broken_reason: ClassVar[str] = "undecodable_image"  # the quarantine's reason for its broken rows
 
     def needs(self, kind: Kind) -> list[str]:
@@ -123,6 +130,13 @@ class Stage(Config):
             ConfigError: something is missing.
         """
         return self
+
+    def freeze(self, reduced: pa.Table) -> pa.Table:
+        """What `apply` gets in a curation against a finished one, from what its rounds or reduction ended with there.
+
+        Only of stages that are frozen by statistics.
+        """
+        return reduced
 
     def digest(self) -> str:
         """What its results depend on beside its fields: the digest of a model's weights, say."""

@@ -8,7 +8,7 @@ samples, those with the smallest keyed hashes of their ids stay.
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import polars as pl
@@ -45,6 +45,7 @@ class CaptionTemplate(KeyedStage):
 
     drops: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+    frozen: ClassVar[Literal["rows"]] = "rows"
     sends: ClassVar[tuple[str, ...]] = ("rows",)
 
     max_texts: int = Field(10, ge=1, description="samples that a template keeps")
@@ -73,7 +74,7 @@ class CaptionTemplate(KeyedStage):
 
     def _count(self, inbox: Inbox) -> Streams:
         t0, t1, coin, id0, id1, ref = (column.to_numpy() for column in inbox.streams["rows"].columns)
-        order = np.lexsort((id1, id0, coin, t1, t0))
+        order = np.lexsort((id1, id0, coin, ~inbox.standing(ref), t1, t0))  # rows that stand come first, and count
         new = np.ones(len(order), bool)
         new[1:] = (np.diff(t0[order]) != 0) | (np.diff(t1[order]) != 0)
         starts = np.flatnonzero(new)

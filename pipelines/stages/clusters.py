@@ -15,7 +15,7 @@ rounds over the whole corpus bring the rest where the sample is small beside it.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +57,7 @@ class Clusters(KeyedStage):
 
     version: ClassVar[int] = 2
     seeded: ClassVar[bool] = True
+    frozen: ClassVar[Literal["statistics"]] = "statistics"
     sends: ClassVar[tuple[str, ...]] = ("sizes",)
     last: ClassVar[str] = "centroids"  # the stream with the centroids after all rounds over the corpus
     result: ClassVar[str] = "centroids"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ class Decontaminate(GlobalStage):
     """Base: an index of the evaluation corpora by one task, and for each row the evaluation sample that it holds."""
 
     drops: ClassVar[bool] = True
+    frozen: ClassVar[Literal["anew"]] = "anew"
     unkeyed: ClassVar[frozenset[str]] = frozenset({"against"})  # the digest stands for what the corpora hold
 
     against: tuple[str, ...] = Field(description="evaluation corpora: folders or URLs that clew ingest wrote")

@@ -16,7 +16,7 @@ as it is in the reference language: the largest t whose tail share does not exce
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +63,7 @@ class EntryBalance(GlobalStage):
 
     drops: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+    frozen: ClassVar[Literal["statistics"]] = "statistics"
 
     t: int = Field(20_000, ge=1, description="mentions of an entry that are kept on average; 20k suits 400M pairs")
     language: str | None = Field(None, description="text column with the language, to balance in each by itself")
@@ -116,12 +117,14 @@ class EntryBalance(GlobalStage):
 
     def apply(self, rows: Rows, reduced: pa.Table) -> Output:
         entries, row, language = self._mentions(rows)
-        probability = np.zeros(len(entries))
+        probability = np.ones(len(entries))  # of an entry that no text had: only in a frozen balance
         names = np.array(language.to_pylist(), dtype=object)[row]
         for name in set(names.tolist()):
             part = reduced.filter(pc.equal(reduced["language"], name))
             here = np.flatnonzero(names == name)
-            probability[here] = part["probability"].to_numpy()[np.searchsorted(part["entry"].to_numpy(), entries[here])]
+            place = np.searchsorted(part["entry"].to_numpy(), entries[here])
+            known = np.append(part["entry"].to_numpy(), -1)[place] == entries[here]
+            probability[here[known]] = part["probability"].to_numpy()[place[known]]
         ids = id_words(rows.table["id"].to_pylist())
         kept = np.zeros(len(rows), bool)
         kept[row[coins(rows.seed, entries, ids[row]) < probability]] = True

@@ -6,7 +6,7 @@ first in the order of the corpus, or the one with the highest value of a column;
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ class ExactDuplicate(KeyedStage):
 
     version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
+    frozen: ClassVar[Literal["rows"]] = "rows"
     sends: ClassVar[tuple[str, ...]] = ("rows",)
 
     best: str | None = Field(None, description="numeric column whose highest value is kept; None keeps the first")
@@ -45,6 +46,8 @@ class ExactDuplicate(KeyedStage):
         ids = id_words(rows.table["id"].to_pylist())
         refs = references(rows)
         rank = -np.nan_to_num(rows.numbers(self.best), nan=-np.inf) if self.best else refs.astype(np.float64)
+        if rows.standing:
+            rank = np.full(len(rows), -np.inf)
         table = pa.table([content[:, 0], content[:, 1], refs, rank, ids[:, 0], ids[:, 1]], schema=ROWS)
         return {"rows": Routed(table, (content[:, 0] % np.uint64(partitions)).astype(np.int64))}
 

@@ -44,6 +44,7 @@ class Inbox:
         written: (stream, task) -> all that this task of an earlier round wrote to the stream, to whomever: what every
             task needs is written once and not sent.
         fragments: those that the task stands for; none if it is a partition's.
+        own: fragments from this number on are of finished curations: their rows stay.
     """
 
     task: int
@@ -55,6 +56,11 @@ class Inbox:
     all_fragments: int
     written: Callable[[str, int], pa.Table]
     fragments: range = range(0)
+    own: int = 1 << 31
+
+    def standing(self, references: np.ndarray) -> np.ndarray:
+        """bool: whether rows are kept ones of a finished curation."""
+        return fragment_of(references) >= self.own
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class NearDuplicate(PairwiseDuplicates):
         hashes = rows.table["phash"].to_numpy()
         thumbnails = [xxhash.xxh3_64_intdigest(value) for value in rows.table["thumbnail"].to_pylist()]
         digest = np.stack([mix(hashes), np.array(thumbnails, np.uint64)], 1)
-        keys = hamming_keys(hashes, self.max_distance, rows.corpus.samples)
+        keys = hamming_keys(hashes, self.max_distance, rows.corpus.samples + rows.beside)
         return Described(digest, keys, hashes, np.ones(len(rows), bool))
 
     def plausible(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -79,6 +79,7 @@ class NoisePosterior(KeyedStage):
     """A task holds 8 bytes a row of its partition."""
 
     drops: ClassVar[bool] = True
+    frozen: ClassVar[Literal["statistics"]] = "statistics"
     sends: ClassVar[tuple[str, ...]] = ("values",)
     result: ClassVar[str] = "mixture"
 

@@ -10,7 +10,8 @@ candidates ever leave their fragment. The rounds, over partitions (P) or fragmen
     verify    F  of v: the pair is compared
     decide    P  a row is dropped if and only if it is alike to an earlier row that is kept (`first_kept`)
 
-The order is (rank, id), rank being one rule: the id alone, the order of the corpus, size, sources or a column.
+The order is (rank, id), rank being one rule: the id alone, the order of the corpus, size, sources or a column. Beside a
+finished curation its kept rows come first, and stay whatever they are like.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class PairwiseDuplicates(KeyedStage):
     """Base of stages that drop rows alike to a row that stays."""
 
     drops: ClassVar[bool] = True
+    frozen: ClassVar[Literal["rows"]] = "rows"
     sends: ClassVar[tuple[str, ...]] = ("rows",)
     same: ClassVar[float] = 1.0  # what `alike` says of a row and itself
     value: ClassVar[tuple[str, pa.DataType]]  # the column that says how alike a row is to the one that was kept
@@ -106,7 +108,9 @@ class PairwiseDuplicates(KeyedStage):
         return [internal(f"{self.name}_of", pa.string()), internal(*self.value)]
 
     def _rank(self, rows: Rows, refs: np.ndarray) -> np.ndarray:
-        """float64 [n], the lowest first."""
+        """float64 [n], the lowest first: rows that stand before all others."""
+        if rows.standing:
+            return np.full(len(rows), -np.inf)
         if self.best:
             return -np.nan_to_num(rows.numbers(self.best), nan=-np.inf)
         if self.sources is not None:
@@ -164,6 +168,7 @@ class PairwiseDuplicates(KeyedStage):
         key, ref, rank, sketch = key[order], ref[order], rank[order], sketch[order]
         place = np.arange(len(key))
         new = np.diff(key, prepend=key[:1] + np.uint64(1)) != 0
+        standing = inbox.standing(ref)
         within = place - np.maximum.accumulate(np.where(new, place, 0))
         found = [np.zeros((0, 2), np.int64)]
         # Compare each row with the next, the next but one ... as long as any bucket is that long.
@@ -173,7 +178,7 @@ class PairwiseDuplicates(KeyedStage):
             same = same[key[same] == key[same + step]]
             if not len(same):
                 break
-            near = same[self.plausible(sketch[same], sketch[same + step])]
+            near = same[self.plausible(sketch[same], sketch[same + step]) & ~standing[same + step]]
             found.append(np.stack([near, near + step], 1))
         first, second = np.concatenate(found).T
         pairs, at = _unique_pairs(ref[first], ref[second])

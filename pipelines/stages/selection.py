@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ KEYS = pa.schema([("group", pa.int64()), ("key", pa.uint64()), ("id0", pa.uint64
 # it is known.
 CUTS = pa.schema([*KEYS, ("open", pa.int64())])
 COUNTS = pa.schema([("group", pa.int64()), ("digit", pa.int64()), ("count", pa.int64())])
+NEW_GROUPS = b"clew.new_groups"  # in the metadata of cuts
 DIGIT = 16
 ALL = np.uint64(2**64 - 1)
 # The digits that are counted, (word, bits to its right): as many as tell apart all but a few rows of a group.
@@ -77,8 +78,13 @@ def ascending(values: np.ndarray) -> np.ndarray:
 class Selection(KeyedStage):
     """Base of stages that keep so many rows of each group."""
 
+    frozen: ClassVar[Literal["statistics"]] = "statistics"
     sends: ClassVar[tuple[str, ...]] = ("keys",)
     result: ClassVar[str] = "cuts"
+
+    def freeze(self, reduced: pa.Table) -> pa.Table:
+        """The last row of each group stays where it is; of a group that had no rows all new ones stay."""
+        return reduced.replace_schema_metadata({NEW_GROUPS: b"stay"})
 
     def above(self) -> tuple[str, ...]:
         """Columns of `keys` beside KEYS: numbers that are the same in a whole group."""
@@ -224,12 +230,13 @@ def selected(keys: Keys, reduced: pa.Table) -> np.ndarray:
     """bool [n]: whether rows stay, from what a selection's rounds sent."""
     cuts = reduced.sort_by("group")
     place = place_of_group(cuts, keys.group)
+    new = (place < 0) & (NEW_GROUPS in (reduced.schema.metadata or {}))
     if not cuts.num_rows:
-        return np.zeros(len(place), bool)
+        return new
     key, id0, id1 = (cuts[name].to_numpy()[place] for name in ("key", "id0", "id1"))
     first, second = keys.ids.T
     tie = (first < id0) | ((first == id0) & (second <= id1))
-    return np.asarray((place >= 0) & ((keys.key < key) | ((keys.key == key) & tie)))
+    return np.asarray(new | (place >= 0) & ((keys.key < key) | ((keys.key == key) & tie)))
 
 
 def place_of_group(table: pa.Table, group: np.ndarray) -> np.ndarray:

@@ -27,10 +27,11 @@ ROWS = pa.schema([("cluster", pa.int64()), ("distance", pa.float64()), ("ref", p
 BLOCK = 1024  # rows compared at a time
 
 
-def greedy_duplicates(points: np.ndarray, threshold: float, kept_only: bool = True) -> np.ndarray:
+def greedy_duplicates(points: np.ndarray, threshold: float, kept_only: bool = True, standing: int = 0) -> np.ndarray:
     """For each row of float32 [n, D] in its order: the earlier row that it duplicates, or -1; int64 [n].
 
-    A row duplicates the first earlier one (kept one, if `kept_only`) whose cosine with it exceeds the threshold.
+    A row duplicates the first earlier one (kept one, if `kept_only`) whose cosine with it exceeds the threshold. The
+    first `standing` rows are no duplicates.
     """
     of = np.full(len(points), -1, np.int64)
     for start in range(0, len(points), BLOCK):
@@ -39,8 +40,9 @@ def greedy_duplicates(points: np.ndarray, threshold: float, kept_only: bool = Tr
         if len(before):
             near = block @ points[before].T > threshold
             of[start : start + len(block)] = np.where(near.any(1), before[near.argmax(1)], -1)
+            of[:standing] = -1
         within = block @ block.T > threshold
-        for row in range(1, len(block)):
+        for row in range(max(standing - start, 1), len(block)):
             if of[start + row] >= 0:
                 continue
             earlier = within[row, :row] & (of[start : start + row] < 0) if kept_only else within[row, :row]
@@ -60,6 +62,7 @@ class SemanticDuplicate(KeyedStage):
     version: ClassVar[int] = 2
     drops: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
+    frozen: ClassVar[Literal["rows"]] = "rows"
     sends: ClassVar[tuple[str, ...]] = ("rows",)
 
     epsilon: float = Field(0.05, ge=0, le=2, description="1 - cosine below which two rows are duplicates")
@@ -85,7 +88,9 @@ class SemanticDuplicate(KeyedStage):
         ids = rows.table["id"].to_pylist()
         words = id_words(ids)
         cluster = rows.table["cluster"].cast(pa.int64()).to_numpy()
-        if self.best:
+        if rows.standing:
+            first = np.full(len(rows), -np.inf)
+        elif self.best:
             first = -np.nan_to_num(rows.numbers(self.best), nan=-np.inf)
         elif self.first == "random":
             first = keyed_hash(rows.seed, ids, "semantic_duplicate").astype(np.float64)
@@ -109,7 +114,8 @@ class SemanticDuplicate(KeyedStage):
         for start, end in itertools.pairwise(bounds.tolist()):
             rows = order[start:end]
             points = vectors(table["point"].take(pa.array(rows)))
-            found = greedy_duplicates(points, 1 - self.epsilon, self.compare == "kept")
+            standing = int(inbox.standing(ref[rows]).sum())
+            found = greedy_duplicates(points, 1 - self.epsilon, self.compare == "kept", standing)
             hit = found >= 0
             of[rows[hit]] = rows[found[hit]]
         dropped = np.flatnonzero(of >= 0)

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from cl.batches.plan import BatchPlan
 from cl.batches.reader import CorpusReader
 from cl.config import load_config, parse_config
-from cl.corpus import open_corpus
+from cl.corpus import content_hash, open_corpus
 from cl.errors import ConfigError, DataError
 from cl.training.config import TrainConfig
 from cl.training.run import train
@@ -347,3 +348,39 @@ def test_embed_writes_one_row_a_sample_and_resumes(place: Path, ray_session: Non
     assert [path.read_bytes() for path in files] == before
     with pytest.raises(ConfigError, match="holds embeddings of another corpus, checkpoint or setting"):
         embed(cfg.model_copy(update={"batch_size": 3}))
+
+
+def test_new_shards_are_curated_against_a_finished_run(finished: tuple[Path, CurateResult], place: Path) -> None:
+    out, _ = finished
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    old = open_corpus(str(out)).read(["id", "content", "key"]).to_pylist()
+    place_of = {row["key"]: int(row["key"].partition("-")[0]) * 20 + int(row["key"].partition("-")[2]) for row in old}
+    known = [row for row in old if row["content"] == content_hash(picture(place_of[row["key"]]))][:6]
+    same = [Sample(f"same-{n}", f"again {n}", picture(place_of[row["key"]])) for n, row in enumerate(known)]
+    near = [Sample(f"near-{n}", f"near {n}", picture(place_of[row["key"]], quality=60)) for n, row in enumerate(known)]
+    fresh = [Sample(f"new-{n}", f"new house {n} by street {n}", picture(1000 + n)) for n in range(20)]
+    image_corpus(place / "newcomers", [same + fresh[:8], near, fresh[8:]], source="new")
+    cfg = config(place, "more", corpus=str(place / "newcomers"), against=str(out))
+    result = curate(cfg)
+    assert result.dropped["exact_duplicate/exact_duplicate"] == 6
+    assert result.dropped["near_duplicate/near_duplicate"] == 6
+    rows = pq.read_table(place / "more" / "annotated").to_pylist()
+    of = {row["key"]: row["exact_duplicate_of"] or row["near_duplicate_of"] for row in rows}
+    for n, row in enumerate(known):
+        assert of[f"same-{n}"] == of[f"near-{n}"] == row["id"]
+    kept = open_corpus(str(place / "more")).read().to_pylist()
+    assert {row["key"] for row in kept} <= {sample.key for sample in fresh}
+    assert not verify(str(place / "more")).defects
+    # The last row that stayed in the old run is the threshold, the centroids are the old ones.
+    judged = pq.read_table(out / "annotated").to_pylist()
+    after = (None, "semantic_duplicate", "balance")
+    last = min(row["image_text_score"] for row in judged if row["drop_stage"] in after)
+    scored = [row for row in rows if row["image_text_score"] is not None]
+    assert all((row["drop_reason"] == "score_outside_top") == (row["image_text_score"] < last) for row in scored)
+    assert curate(cfg).resumed
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    assert yaml.safe_load((place / "more" / "config.yaml").read_text())["against"] == str(out)
+    with pytest.raises(ConfigError, match="seed must be 0"):
+        curate(cfg.model_copy(update={"seed": 1}))
+    with pytest.raises(ConfigError, match="is no folder of a curation"):
+        curate(cfg.model_copy(update={"against": str(place / "corpus")}))

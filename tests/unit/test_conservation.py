@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from cl.corpus import Corpus, Fragment, open_corpus
 from pipelines.inputs import find_shards
 from pipelines.readers import REASONS
-from pipelines.shards import Task, ingest_shard
+from pipelines.shards import IngestTask, ingest_shard
 from tests.curation_corpora import picture, run_plan, text_corpus
 
 BLOCK = 512
@@ -37,7 +37,7 @@ def ingested(shard: Path, out: Path, columns: dict[str, str] | None = None) -> t
     """The record of an ingested shard and the rows of its quarantine."""
     [found], kind = find_shards([str(shard)], "auto", "test")
     options = {"kind": kind, "columns": columns or {}, "max_pixels": 10**6, "chunk_bytes": 4096, "chunk_rows": 4}
-    record = ingest_shard(Task(0, found, options, str(out)))
+    record = ingest_shard(IngestTask(0, found, options, str(out)))
     quarantine = out / "quarantine" / "00000.parquet"
     rejected = pq.read_table(quarantine).to_pylist() if record["quarantined"] else []
     assert record["quarantined"] == len(rejected) == sum(record["reasons"].values())

@@ -24,7 +24,7 @@ from pipelines.readers import REASONS, ImageSample, Record, Rejected, TextSample
 from pipelines.readers.blocks import BlockReader
 from pipelines.readers.tar import TarReader
 from pipelines.readers.text import TextReader
-from pipelines.shards import Task, ingest_shard
+from pipelines.shards import IngestTask, ingest_shard
 
 
 def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
@@ -347,7 +347,7 @@ def test_a_fragment_is_done_once_and_bytes_do_not_change(tmp_path: Path) -> None
     )
     options = {"kind": "image-text", "columns": {}, "max_pixels": 10**6, "chunk_bytes": 4096, "chunk_rows": 4}
     [shard], _ = find_shards([str(path)], "auto", None)
-    task = Task.load(Task(0, shard, options, str(tmp_path / "one")).dump())
+    task = IngestTask.load(IngestTask(0, shard, options, str(tmp_path / "one")).dump())
     assert task.done() is None
     record = ingest_shard(task)
     assert task.done() == record
@@ -355,14 +355,14 @@ def test_a_fragment_is_done_once_and_bytes_do_not_change(tmp_path: Path) -> None
     assert max(record["row_groups"]) <= 4
     first = pq.ParquetFile(tmp_path / "one/samples/00000.parquet")
     assert [first.metadata.row_group(i).num_rows for i in range(first.num_row_groups)] == record["row_groups"]
-    other = Task(0, shard, options, str(tmp_path / "two"))
+    other = IngestTask(0, shard, options, str(tmp_path / "two"))
     ingest_shard(other)
     assert (tmp_path / "one/samples/00000.parquet").read_bytes() == (
         tmp_path / "two/samples/00000.parquet"
     ).read_bytes()
     (tmp_path / "one/samples/00000.parquet").unlink()
     assert task.done() is None
-    assert Task(0, shard, options | {"max_pixels": 5}, str(tmp_path / "two")).done() is None
+    assert IngestTask(0, shard, options | {"max_pixels": 5}, str(tmp_path / "two")).done() is None
 
 
 def test_a_shard_that_vanishes_is_quarantined(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_shard_that_vanishes_is_quarantined(tmp_path: Path) -> None:
     [shard], _ = find_shards([str(path)], "auto", None)
     path.unlink()
     options = {"kind": "image-text", "columns": {}, "max_pixels": 10**6, "chunk_bytes": 4096, "chunk_rows": 4}
-    record = ingest_shard(Task(0, shard, options, str(tmp_path / "out")))
+    record = ingest_shard(IngestTask(0, shard, options, str(tmp_path / "out")))
     assert record["reasons"] == {"unreadable_shard": 1}
 
 
@@ -383,10 +383,10 @@ def test_shards_and_corpora_may_be_anywhere_fsspec_reaches(tmp_path: Path) -> No
     [shard], _ = find_shards(["memory://bucket"], "auto", None)
     assert shard.url == "memory:///bucket/s-0.tar"
     options = {"kind": "image-text", "columns": {}, "max_pixels": 10**6, "chunk_bytes": 4096, "chunk_rows": 4}
-    task = Task(0, shard, options, "memory://corpus")
+    task = IngestTask(0, shard, options, "memory://corpus")
     assert ingest_shard(task)["samples"] == 5
     assert task.done() is not None
     memory.pipe("/bucket/lines.jsonl.gz", gzip.compress(b'{"anchor": "a", "positive": "b"}\n'))
     [lines], kind = find_shards(["memory://bucket/lines.jsonl.gz"], "auto", None)
     assert kind == "text-text"
-    assert ingest_shard(Task(1, lines, options | {"kind": kind}, "memory://corpus"))["samples"] == 1
+    assert ingest_shard(IngestTask(1, lines, options | {"kind": kind}, "memory://corpus"))["samples"] == 1

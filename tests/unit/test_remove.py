@@ -20,8 +20,7 @@ from cl.batches.plan import BatchPlan
 from cl.corpus import Corpus, open_corpus, sample_id, text_pair_content
 from cl.errors import ConfigError, DataError
 from cl.tombstones import read_tombstones
-from pipelines.ingest import IngestConfig, _tasks, ingest
-from pipelines.inputs import find_shards
+from pipelines.ingest import IngestConfig, ingest, ingest_tasks
 from pipelines.remove import remove
 from pipelines.shards import ingest_shard
 from pipelines.verify import verify
@@ -41,8 +40,7 @@ def listed(tmp_path: Path, ids: list[str]) -> str:
 
 def in_process(cfg: IngestConfig) -> Any:
     """Ingest without Ray: do the tasks here; with nothing left to do `ingest` itself only commits."""
-    shards, kind = find_shards(cfg.inputs, cfg.kind, cfg.source)
-    for task in _tasks(cfg, shards, kind, cfg.out):
+    for task in ingest_tasks(cfg)[0]:
         if task.done() is None:
             ingest_shard(task)
     return ingest(cfg)

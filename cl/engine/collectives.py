@@ -120,12 +120,11 @@ class Layout:
         if self.workers.size == 1 or len(values) < 2:
             return [self.gather(value) for value in values]
         own = self.rows[self.workers.rank]
-        as_bytes = [
-            value.detach().reshape(own, math.prod(value.shape[1:])).contiguous().view(torch.uint8) for value in values
-        ]
+        rows = [value.detach().reshape(own, math.prod(value.shape[1:])) for value in values]
+        as_bytes = [_reread(each, torch.uint8) for each in rows]
         parts = self.gather(torch.cat(as_bytes, 1)).split([each.shape[1] for each in as_bytes], 1)
         return [
-            part.contiguous().view(value.dtype).reshape(self.total, *value.shape[1:])
+            _reread(part, value.dtype).reshape(self.total, *value.shape[1:])
             for part, value in zip(parts, values, strict=True)
         ]
 
@@ -203,6 +202,14 @@ class Replicated(Layout):
 
     def complete(self, adjoints: Sequence[Tensor]) -> list[Tensor]:
         return self.workers.all_reduce_together(adjoints)
+
+
+def _reread(values: Tensor, kind: torch.dtype) -> Tensor:
+    """The bytes of [n, m] as another type."""
+    if not values.shape[1]:
+        return values.new_empty(values.shape, dtype=kind)
+    # Cloned, as a tensor of one row passes for contiguous whatever its strides and offset, which bytes must fit.
+    return values.clone(memory_format=torch.contiguous_format).view(kind)
 
 
 def _pad_to(value: Tensor, rows: int) -> Tensor:

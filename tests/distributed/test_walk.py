@@ -8,8 +8,10 @@ objective of each kind is walked through their whole product, and settings other
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
@@ -27,10 +29,10 @@ def test_every_objective_has_a_reference() -> None:
 FURTHER = [CASES[n] for n in (1, 5, 8, 9)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", REFERENCES)
-def test_objective_equals_its_formula(pool: Pool, name: str, case: Case) -> None:
-    compare(pool, name, case, slice(None) if case in FURTHER else slice(1))
+def test_objective_equals_its_formula(pool: Pool, name: str) -> None:
+    settings = range(len(REFERENCES[name].settings))
+    compare(pool, name, [(case, number) for case in CASES for number in settings if number == 0 or case in FURTHER])
 
 
 def choices(case: Case) -> dict[str, object]:
@@ -84,10 +86,11 @@ ROWS = {
 @pytest.mark.parametrize("evenness", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_of_each_kind_through_all_cases(pool: Pool, kind: str, evenness: str) -> None:
-    name = KINDS[kind]
+    cases = []
     for rows, exchange, tile, cached in itertools.product(ROWS[evenness], ["gather", "ring"], [256, 3], [False, True]):
         hard = (len(rows) + (exchange == "ring") + (tile == 3) + cached) % 2 == 1  # with each pair of the other choices
-        compare(pool, name, Case(rows, exchange, tile, cached, hard), slice(1))
+        cases.append((Case(rows, exchange, tile, cached, hard), 0))
+    compare(pool, KINDS[kind], cases)
 
 
 @functools.cache
@@ -96,16 +99,19 @@ def formula(name: str, settings: int, rows: int, hard: bool) -> Answer:
     return by_formula(name, REFERENCES[name].settings[settings], Case((rows,), "gather", 256, False, hard))
 
 
-def compare(pool: Pool, name: str, case: Case, which: slice) -> None:
-    """Each worker's losses, gradients and state against the formula's."""
-    bound = REFERENCES[name].tolerance
-    for number, settings in list(enumerate(REFERENCES[name].settings))[which]:
-        expected = formula(name, number, sum(case.rows), case.hard)
-        for answer in pool.run(on_worker, len(case.rows), name, settings, case):
-            for step in range(STEPS):
-                assert error(answer.losses[step], expected.losses[step]) <= bound
-                assert answer.gradients[step].keys() == expected.gradients[step].keys()
-                for key, slope in expected.gradients[step].items():
-                    assert error(answer.gradients[step][key], slope) <= bound, (settings, step, key)
-            for key, value in expected.state.items():
-                assert error(answer.state[key].double(), value.double()) <= bound, (settings, key)
+def compare(pool: Pool, name: str, cases: Sequence[tuple[Case, int]]) -> None:
+    """Each worker's losses, gradients and state in each case, with settings by number, against the formula's."""
+    reference = REFERENCES[name]
+    jobs = [(len(case.rows), (name, reference.settings[number], case)) for case, number in cases]
+    with contextlib.closing(pool.run_all(on_worker, jobs)) as answers:
+        for (case, number), found in zip(cases, answers, strict=True):
+            expected = formula(name, number, sum(case.rows), case.hard)
+            where = case, reference.settings[number]
+            for answer in found:
+                for step in range(STEPS):
+                    assert error(answer.losses[step], expected.losses[step]) <= reference.tolerance, where
+                    assert answer.gradients[step].keys() == expected.gradients[step].keys()
+                    for key, slope in expected.gradients[step].items():
+                        assert error(answer.gradients[step][key], slope) <= reference.tolerance, (where, step, key)
+                for key, value in expected.state.items():
+                    assert error(answer.state[key].double(), value.double()) <= reference.tolerance, (where, key)

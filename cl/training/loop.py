@@ -22,19 +22,16 @@ from torch import nn
 
 from cl import storage
 from cl.batches.batch import Batch
-from cl.batches.extra import open_extra
-from cl.batches.labels import open_labels
 from cl.batches.loader import Loader
-from cl.batches.mixture import make_plan
-from cl.corpus import open_corpus
-from cl.encoders import build_inputs, build_model
-from cl.encoders.teacher import build_teachers, stored_views, with_teachers
+from cl.encoders import build_model
+from cl.encoders.teacher import build_teachers
 from cl.engine.collectives import Workers
 from cl.objectives import build_objective
 from cl.pairs import Clock
 from cl.training.agreement import agree_on_checkpoint, agree_on_precision
 from cl.training.callbacks import Progress, build_callbacks
 from cl.training.config import TrainConfig
+from cl.training.data import TrainingData
 from cl.training.finite import Guard, gradient_norm
 from cl.training.length import RunLength
 from cl.training.locks import Locks
@@ -81,11 +78,8 @@ class _Run:
     def __init__(self, cfg: TrainConfig, workers: Workers, device: torch.device, report: Report | None) -> None:
         self.cfg, self.workers, self.device, self.report = cfg, workers, device, report
         self.callbacks = build_callbacks(cfg.callbacks)
-        plan = make_plan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture)
-        self.plan, self.labels = plan, open_labels(cfg.labels, plan.corpora)
-        self.inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
-        self.extra = open_extra(cfg.extra, plan.corpora, self.inputs)
-        self.stored = stored_views(cfg.teachers, cfg.model, plan.corpora)
+        self.data = TrainingData.of(cfg)
+        plan = self.plan = self.data.plan
         steps = cfg.total_steps(plan.steps_per_epoch)
         self.length = RunLength(steps, plan.steps_per_epoch, plan.samples, cfg.batch_size)
         self.model = build_model(cfg.model, seed=cfg.seed)
@@ -199,21 +193,13 @@ class _Run:
 
     def _loader(self) -> Loader:
         """This worker's batches from the next step to the last."""
-        cfg = self.cfg
-        return Loader(
-            self.plan,
+        return self.data.loader(
             self.workers.rank,
             self.workers.size,
-            self.inputs,
-            start=self.plan.at(self.state.step),
+            done=self.state.step,
             steps=self.length.steps - self.state.step,
-            workers=cfg.loader.threads,
-            prefetch=cfg.loader.prefetch,
-            quarantine=Path(cfg.out) / "quarantine" / f"rank-{self.workers.rank}.jsonl",
+            quarantine=Path(self.cfg.out) / "quarantine" / f"rank-{self.workers.rank}.jsonl",
             pin_memory=self.device.type == "cuda",
-            labels=self.labels,
-            extra=self.extra,
-            stored=self.stored,
         )
 
     def _progress(self) -> Progress:

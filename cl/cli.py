@@ -22,10 +22,10 @@ from cl.errors import ClewError, user_error
 
 # Each module adds its commands, in the order of a user's work.
 # isort: off
-from cl.commands import jobs, corpora, bench, listings
+from cl.commands import jobs, imports, corpora, bench, listings
 # isort: on
 
-__all__ = ["bench", "cli", "corpora", "jobs", "listings", "main"]
+__all__ = ["bench", "cli", "corpora", "imports", "jobs", "listings", "main"]
 
 
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:

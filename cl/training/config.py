@@ -14,6 +14,7 @@ from cl.config import Config, load_tree, merge
 from cl.encoders.config import ModelConfig
 from cl.encoders.teacher import TeacherConfig, teacher_view
 from cl.objectives import ObjectiveConfig
+from cl.training.geometry import GeometryConfig
 from cl.training.locks import LockConfig
 from cl.training.optimizer import OptimizerConfig
 
@@ -139,6 +140,9 @@ class TrainConfig(Config):
     checkpoint: CheckpointsConfig = CheckpointsConfig()
     loader: LoaderConfig = LoaderConfig()
     log_every: int = Field(10, ge=1, description="steps between two records in metrics.jsonl and TensorBoard")
+    geometry: GeometryConfig | None = Field(
+        None, description="alignment, uniformity, effective rank and scores of the embeddings, every so many steps"
+    )
     callbacks: list[CallbackConfig] = Field([], description="registered callbacks, called in this order")
 
     @field_validator("model", mode="before")

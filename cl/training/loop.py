@@ -33,6 +33,7 @@ from cl.training.callbacks import Progress, build_callbacks
 from cl.training.config import TrainConfig
 from cl.training.data import TrainingData
 from cl.training.finite import Guard, gradient_norm
+from cl.training.geometry import measure_geometry
 from cl.training.length import RunLength
 from cl.training.locks import Locks
 from cl.training.metrics import MetricsWriter, read_metrics
@@ -44,7 +45,7 @@ from cl.training.precision import cast
 from cl.training.randomness import seed_everything
 from cl.training.schedule import learning_rate
 from cl.training.state import RunState
-from cl.training.step import TrainStep, forward_backward
+from cl.training.step import StepOutput, TrainStep, forward_backward
 from cl.training.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,8 @@ class _Run:
                 state.step = progress.step = step
                 progress.epoch, progress.samples = self.length.done(step)
                 last = step == self.length.steps
-                if step % cfg.log_every == 0 or step == 1 or last:
+                looked = self._geometry(step, output, batch)
+                if step % cfg.log_every == 0 or step == 1 or last or looked:
                     record = {
                         "step": step,
                         "epoch": progress.epoch,
@@ -163,6 +165,7 @@ class _Run:
                         "lr": rate,
                         "grad_norm": norm_value,
                         **({"skipped": state.guard.skipped} if state.guard.skipped else {}),
+                        **looked,
                         **watch.lap(progress.samples),
                     }
                     for callback in self.callbacks:
@@ -180,6 +183,13 @@ class _Run:
         for callback in self.callbacks:
             callback.on_end(progress)
         return url
+
+    def _geometry(self, step: int, output: StepOutput, batch: Batch) -> dict[str, Any]:
+        """The shape of the embeddings, at the steps at which it is looked at."""
+        config = self.cfg.geometry
+        if config is None or step % config.every_steps:
+            return {}
+        return measure_geometry(output.embeddings, batch.weight, batch.content, self.workers, config.samples)
 
     def _clock(self) -> Clock:
         """Where in the run the next step is."""

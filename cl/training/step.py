@@ -34,11 +34,13 @@ class StepOutput(NamedTuple):
         loss: 0-d, the global loss; its gradients follow the engine's convention.
         metrics: name -> detached 0-d tensor.
         finite: bool [B], whether all of a sample's embeddings are finite; masked samples count as finite.
+        embeddings: view -> [B, D], detached, of the towers in training.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     finite: Tensor
+    embeddings: dict[str, Tensor]
 
 
 class TrainStep(nn.Module):
@@ -136,7 +138,9 @@ class TrainStep(nn.Module):
         for each in extra.values():
             finite[each.owner[~each.embeddings.detach().isfinite().all(dim=1)]] = False
         outcome = self.objective(pairs, self.workers)
-        return StepOutput(outcome.loss, outcome.metrics, finite | (batch.weight == 0))
+        names = [self.model.outputs.get(view, {"embedding": view}).get("embedding") for view in self._own_views(batch)]
+        embeddings = {name: views[name].detach() for name in names if name is not None}
+        return StepOutput(outcome.loss, outcome.metrics, finite | (batch.weight == 0), embeddings)
 
     def frozen_views(self, batch: Batch) -> list[str]:
         """Views whose tower has nothing to train, and those of teachers: gradient caching encodes them once."""

@@ -3,8 +3,8 @@
     alignment       mean |x - y|^2 over pairs                       } Wang and Isola 2020, "Understanding Contrastive
     uniformity      log mean exp(-2 |x - y|^2) over other samples   } Representation Learning through Alignment and
                                                                       Uniformity on the Hypersphere"
-    effective rank  exp H(s / sum s), s the singular values of a view's embeddings (Roy and Vetterli 2007, "The effective
-                    rank: A measure of effective dimensionality")
+    effective rank  exp H(s / sum s), s the singular values of a view's embeddings (Roy and Vetterli 2007, "The
+                    effective rank: A measure of effective dimensionality")
     scores          inner products of pairs and of strangers: means, deviations, and a histogram of each
 
 Computed on the first samples of the global batch, so the numbers do not depend on the number of workers.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cl.batches.extra import ExtraTexts, open_extra
 from cl.batches.labels import Label, open_labels
-from cl.batches.loader import Loader
+from cl.batches.loader import Loader, check_views
 from cl.batches.mixture import make_plan
 from cl.batches.plan import BatchPlan
 from cl.batches.stored import StoredView
@@ -39,6 +39,7 @@ class TrainingData:
         """
         plan = make_plan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture)
         inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
+        check_views(plan, inputs)
         return TrainingData(
             cfg,
             plan,

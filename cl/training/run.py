@@ -7,19 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cl.batches.extra import open_extra
-from cl.batches.labels import open_labels
-from cl.batches.loader import check_views
-from cl.batches.mixture import make_plan
 from cl.batches.plan import BatchPlan
-from cl.corpus import open_corpus
-from cl.encoders import build_inputs
 from cl.encoders.model import check_model
-from cl.encoders.teacher import stored_views, with_teachers
 from cl.errors import ClewError
 from cl.run import write_run_info
 from cl.training.callbacks import build_callbacks
+from cl.training.card import write_card
 from cl.training.config import TrainConfig
+from cl.training.data import TrainingData
 from cl.training.outcome import TrainResult, read_result
 from cl.training.place import under_torchrun
 from cl.training.resume import prepare_folder
@@ -76,6 +71,7 @@ def train(
         result = read_result(cfg.out)
         if result is None:
             raise ClewError(f"The workers ended, but {cfg.out} has no summary.json: is it on storage they all share?")
+        write_card(cfg, result)
         info.add(steps=result.steps, samples=result.samples, workers=result.workers)
     return result
 
@@ -88,13 +84,7 @@ def check_run(cfg: TrainConfig) -> BatchPlan:
     """
     build_callbacks(cfg.callbacks)
     check_model(cfg.model)
-    plan = make_plan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture)
-    inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
-    check_views(plan, inputs)
-    open_labels(cfg.labels, plan.corpora)
-    open_extra(cfg.extra, plan.corpora, inputs)
-    stored_views(cfg.teachers, cfg.model, plan.corpora)
-    return plan
+    return TrainingData.of(cfg).plan
 
 
 def _uses_ray(cfg: TrainConfig) -> bool:

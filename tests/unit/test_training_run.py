@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
+import yaml
 
 from cl.batches.labels import code_of
 from cl.config import Config, parse_config
@@ -76,6 +78,23 @@ def test_learns_and_explains_itself(corpus: str, tmp_path: Path) -> None:
     assert result.samples == 10 * 90
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_card_says_what_was_trained_on_what(corpus: str, tmp_path: Path) -> None:
+    cfg = config(corpus, tmp_path / "run", steps=3)
+    result = train(cfg)
+    card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
+    head, body = card.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(head) == {"library_name": "clew", "tags": ["contrastive", "image-text"]}
+    assert body.startswith("\n# run\n")
+    assert "- `image`: open_clip, vision" in body
+    rows = dict(re.findall(r"^\| (.+?) \| (.*) \|$", body, re.MULTILINE))
+    assert (rows["objective"], rows["optimizer steps"], rows["samples"]) == ("infonce", "3", str(result.samples))
+    assert rows["torch"] == torch.__version__.partition("+")[0]
+    assert f"- `{corpus}`: 90 image-text samples" in body
+    assert (
+        parse_config(TrainConfig, yaml.safe_load(body.partition("```yaml\n")[2].removesuffix("```\n")), "card") == cfg
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])

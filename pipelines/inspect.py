@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from cl import storage
-from cl.batches.plan import BatchPlan
+from cl.batches.arranged import make_plan
 from cl.config import load_config, read_yaml
 from cl.corpus import VIEWS, Corpus, content_hash, open_corpus
 from cl.errors import ConfigError, DataError
@@ -211,7 +211,8 @@ def inspect_batch(run: str, epoch: int, step: int) -> BatchView:
     if not os.path.exists(path) or not storage.exists(record) or storage.read_json(record).get("command") != "train":
         raise DataError(f"{run} holds no training run: it has no run.json and config.yaml of `clew train`.")
     cfg = load_config(TrainConfig, "train", path)
-    plan = BatchPlan([open_corpus(each) for each in cfg.corpus_paths], cfg.seed, cfg.batch_size)
+    corpora = [open_corpus(each) for each in cfg.corpus_paths]
+    plan = make_plan(corpora, cfg.seed, cfg.batch_size, cfg.mixture, cfg.arrange)
     if epoch < 0 or not 0 <= step < plan.steps_per_epoch:
         raise ConfigError(
             f"There is no step {step} of epoch {epoch}: an epoch has steps 0 to {plan.steps_per_epoch - 1}."

@@ -26,9 +26,9 @@ from cl.batches.batch import Batch
 from cl.batches.extra import ExtraTexts
 from cl.batches.hashing import mix
 from cl.batches.labels import Label
-from cl.batches.plan import BatchPlan, StepSamples
 from cl.batches.quarantine import Quarantine
 from cl.batches.reader import CorpusReader
+from cl.batches.steps import Plan, StepSamples
 from cl.batches.stored import StoredView
 from cl.corpus import VIEWS
 from cl.encoders.inputs import Inputs
@@ -76,7 +76,7 @@ class Loader:
 
     def __init__(
         self,
-        plan: BatchPlan,
+        plan: Plan,
         rank: int,
         world: int,
         inputs: Inputs,
@@ -247,7 +247,7 @@ class Loader:
         return batch.pinned() if self.pin_memory else batch
 
 
-def check_views(plan: BatchPlan, inputs: Inputs) -> None:
+def check_views(plan: Plan, inputs: Inputs) -> None:
     """Refuse a model whose views do not show fields of the corpus.
 
     Raises:

@@ -33,7 +33,8 @@ from pydantic import Field, field_validator
 from cl import storage
 from cl.batches.apportion import taken
 from cl.batches.hashing import mix
-from cl.batches.plan import BatchPlan, StepSamples
+from cl.batches.plan import BatchPlan
+from cl.batches.steps import StepSamples
 from cl.config import Config
 from cl.corpus import Corpus
 from cl.errors import ConfigError, DataError
@@ -172,10 +173,3 @@ def _stream(part: BatchPlan, start: int, stop: int) -> list[tuple[np.ndarray, np
         found.append((*part.stretch(turn, low, high), np.full(high - low, turn)))
         start += high - low
     return found
-
-
-def make_plan(corpora: Sequence[Corpus], seed: int, global_batch: int, mixture: MixtureConfig | None) -> BatchPlan:
-    """The plan of a run: every sample once an epoch, or the composition that the config asks for."""
-    if mixture is None:
-        return BatchPlan(corpora, seed, global_batch)
-    return MixedPlan(corpora, seed, global_batch, mixture)

@@ -25,39 +25,12 @@ import orjson
 
 from cl.batches.apportion import taken
 from cl.batches.hashing import permutation
+from cl.batches.steps import Chunk, Plan, StepSamples
 from cl.corpus import Corpus
 from cl.errors import ConfigError, DataError
 
 RAW_LANES = 64  # lanes of a corpus that was not written for training: row group number mod this
 _CHUNKS, _ROWS = 1, 2  # what a permutation is for
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One row group: the unit of reading."""
-
-    corpus: int
-    fragment: int
-    row_group: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class StepSamples:
-    """The samples of one step in order: row `row[i]` of chunk `chunk[i]`, int64 [n], n at most the global batch.
-
-    `turn[i]` counts how often the run has been through all that the sample belongs to: what is drawn for it changes
-    with each.
-    """
-
-    epoch: int
-    step: int
-    chunk: np.ndarray
-    row: np.ndarray
-    turn: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.chunk)
 
 
 @dataclass(frozen=True)
@@ -68,7 +41,7 @@ class _EpochOrder:
     window_starts: list[np.ndarray]  # [windows + 1]
 
 
-class BatchPlan:
+class BatchPlan(Plan):
     """The order of training over one or more corpora of the same kind.
 
     Args:
@@ -134,14 +107,6 @@ class BatchPlan:
             int(self._rows[number]),
         )
 
-    def next(self, epoch: int, step: int) -> tuple[int, int]:
-        """The (epoch, step) that follows."""
-        return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
-
-    def at(self, global_step: int) -> tuple[int, int]:
-        """The (epoch, step) of the step that has `global_step` steps before it."""
-        return divmod(global_step, self.steps_per_epoch)
-
     def step(self, epoch: int, step: int) -> StepSamples:
         """The samples of one step over all workers."""
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
@@ -157,19 +122,6 @@ class BatchPlan:
             self._samples(epoch, int(lane), int(start[lane]), int(stop[lane])) for lane in np.flatnonzero(stop > start)
         ]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-
-    def part(self, samples: StepSamples, rank: int, world: int) -> StepSamples:
-        """One worker's part of a step: positions [rank * G / world, (rank + 1) * G / world) of the global batch G.
-
-        The last step of an epoch may be short; then the last workers get fewer samples, or none.
-        """
-        low, high = self.part_bounds(rank, world)
-        mine = (each[low:high] for each in (samples.chunk, samples.row, samples.turn))
-        return StepSamples(samples.epoch, samples.step, *mine)
-
-    def part_bounds(self, rank: int, world: int) -> tuple[int, int]:
-        """The positions of the global batch that a worker holds."""
-        return rank * self.global_batch // world, (rank + 1) * self.global_batch // world
 
     def _cut(self, position: int) -> np.ndarray:
         """Samples of each lane before a position of the epoch; a step's end is the next one's start."""

@@ -23,7 +23,7 @@ from blake3 import blake3
 from cl import storage
 from cl.batches.cache import BoundedCache
 from cl.batches.labels import Label
-from cl.batches.plan import BatchPlan
+from cl.batches.steps import Plan
 from cl.batches.stored import StoredView
 from cl.corpus import VIEWS, normal_text
 from cl.errors import DataError
@@ -84,7 +84,7 @@ class CorpusReader:
 
     def __init__(
         self,
-        plan: BatchPlan,
+        plan: Plan,
         fields: Sequence[str],
         cache_mib: int = 1024,
         labels: Sequence[Label] = (),
@@ -160,7 +160,9 @@ class CorpusReader:
     def _read_rows(self, chunk: int) -> tuple[ChunkRows, int]:
         table = self._read_columns(chunk, list(dict.fromkeys([*self._columns, *(each.column for each in self.labels)])))
         ids = hex_words(table["id"])
-        content = np.stack([self._content(table, field, modality) for field, modality in self._fields], 1)
+        content = np.empty((len(ids), len(self._fields)), np.int64)
+        for number, (field, modality) in enumerate(self._fields):
+            content[:, number] = self._content(table, field, modality)
         where = self.plan.chunk(chunk)
         corpus = self.plan.corpora[where.corpus]
         url = corpus.fragment_url(corpus.fragments[where.fragment])

@@ -82,6 +82,11 @@ _list_command(
     lambda: load("cl.views.augmentation:AUGMENTATIONS").rows(),
 )
 _list_command(
+    "arrangements",
+    "List the arrangements that deal the samples of several steps out among them.",
+    lambda: load("cl.batches.arrangements:ARRANGEMENTS").rows(),
+)
+_list_command(
     "stages",
     "List the stages of curation that can be named.",
     lambda: load("pipelines.stages.registry:STAGES").rows(),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cl.batches.arrangements import ArrangeConfig
 from cl.batches.extra import ExtraConfig
 from cl.batches.labels import LabelConfig
 from cl.batches.mixture import MixtureConfig
@@ -103,6 +104,9 @@ class TrainConfig(Config):
     corpora: list[CorpusConfig] = Field([], description="the corpora to train on")
     mixture: MixtureConfig | None = Field(
         None, description="composition of the global batches from parts; null: every sample once an epoch"
+    )
+    arrange: ArrangeConfig | None = Field(
+        None, description="how samples are dealt out among several steps: distinct, alike, grouped; null: as they come"
     )
     model: ModelConfig = Field(description="towers and their views")
     teachers: dict[str, TeacherConfig] = Field(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cl.batches.arranged import make_plan
 from cl.batches.extra import ExtraTexts, open_extra
 from cl.batches.labels import Label, open_labels
 from cl.batches.loader import Loader, check_views
-from cl.batches.mixture import make_plan
-from cl.batches.plan import BatchPlan
+from cl.batches.steps import Plan
 from cl.batches.stored import StoredView
 from cl.corpus import open_corpus
 from cl.encoders import build_inputs
@@ -23,7 +23,7 @@ class TrainingData:
     """The data of a run, the same on all workers; no model is built for it."""
 
     cfg: TrainConfig
-    plan: BatchPlan
+    plan: Plan
     inputs: Inputs
     labels: list[Label]
     extra: list[ExtraTexts]
@@ -37,7 +37,9 @@ class TrainingData:
             ConfigError: a corpus, label or view that does not fit the model.
             DataError: a corpus that cannot be read.
         """
-        plan = make_plan([open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture)
+        plan = make_plan(
+            [open_corpus(path) for path in cfg.corpus_paths], cfg.seed, cfg.batch_size, cfg.mixture, cfg.arrange
+        )
         inputs = with_teachers(build_inputs(cfg.model, train=True), cfg.teachers, cfg.model)
         check_views(plan, inputs)
         return TrainingData(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cl.batches.plan import BatchPlan
+from cl.batches.steps import Plan
 from cl.encoders.model import check_model
 from cl.errors import ClewError
 from cl.run import write_run_info
@@ -76,7 +76,7 @@ def train(
     return result
 
 
-def check_run(cfg: TrainConfig) -> BatchPlan:
+def check_run(cfg: TrainConfig) -> Plan:
     """Find what the user has to mend before any worker starts; returns the run's plan.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A package of a user's own adds an objective, a tower, a metric, a stage and a callback by entry points."""
+"""A package of a user's own adds an objective, a tower, a metric, a stage and more by entry points."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
+from cl.batches.arrangements import Arrangement
 from cl.config import Config
 from cl.encoders.config import TowerConfig
 from cl.encoders.inputs import TextInput
@@ -91,6 +92,14 @@ class Shout(RowStage):
         return Output(drop=reasons(len(rows), {"capitals": loud}))
 
 
+class Turned(Arrangement):
+    """The last sample of a pool is the first."""
+
+    def deal(self, keys, home, sizes, seed):
+        print("turned", len(keys), file=open("turned.txt", "w"))
+        return home[::-1] if len(set(sizes)) == 1 else home
+
+
 class Diary(Callback):
     """Notes the end of a run."""
 
@@ -109,6 +118,8 @@ bag = extra_things:Bag
 rows = extra_things:Rows
 [clew.stages]
 shout = extra_things:Shout
+[clew.arrangements]
+turned = extra_things:Turned
 [clew.callbacks]
 diary = extra_things:Diary
 """
@@ -173,6 +184,7 @@ def test_they_are_used(site: str, tmp_path: Path) -> None:
         "batch_size": 8,
         "steps": 5,
         "workers": {"count": 0},
+        "arrange": {"name": "turned", "by": "positive", "pool": 2},
         "callbacks": [{"name": "diary", "path": str(tmp_path / "diary.txt")}],
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(train))
@@ -180,6 +192,7 @@ def test_they_are_used(site: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["steps"] == 5
     assert (tmp_path / "diary.txt").read_text() == "5 steps"
+    assert (tmp_path / "turned.txt").read_text().startswith("turned ")
 
     words = ["checkpoint=model", "corpora={all: pairs}", "metrics=[rows]", "out=eval"]
     done = clew("eval", *words, "--json", cwd=tmp_path, PYTHONPATH=site)

@@ -20,7 +20,7 @@ from cl.errors import DataError
 from cl.objectives import OBJECTIVES
 from cl.objectives.table import markdown, parameter_rows
 
-LISTS = ("objectives", "recipes", "augmentations", "stages", "metrics")
+LISTS = ("objectives", "recipes", "augmentations", "arrangements", "stages", "metrics")
 RUNS = ("ingest", "curate", "train", "eval", "sweep", "embed")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from cl import storage
 from cl.batches.mixture import MixedPlan, MixtureConfig
-from cl.batches.plan import StepSamples
+from cl.batches.steps import StepSamples
 from cl.config import parse_config
 from cl.corpus import Corpus, Fragment, open_corpus, sample_schema
 from cl.errors import ConfigError

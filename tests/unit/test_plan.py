@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from cl.batches.apportion import taken
 from cl.batches.hashing import mix, permutation
-from cl.batches.plan import BatchPlan, StepSamples
+from cl.batches.plan import BatchPlan
+from cl.batches.steps import StepSamples
 from cl.errors import ConfigError, DataError
 from tests.unit.corpora import described_corpus
 

@@ -14,9 +14,7 @@ import psutil
 import yaml
 
 from cl.training.metrics import read_metrics
-from tests.end_to_end.clew import environment
-
-START_SECONDS = 240  # Ray's start on a busy machine of two cores
+from tests.end_to_end.clew import PATIENCE, environment
 
 
 class TrainProcess:
@@ -55,10 +53,10 @@ class TrainProcess:
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         """Wait until something has happened; fails if the command ends before."""
-        end = time.monotonic() + START_SECONDS
+        end = time.monotonic() + PATIENCE
         while not happened():
             assert self.process.poll() is None, f"clew train ended with {self.process.returncode}:\n{self.stderr}"
-            assert time.monotonic() < end, f"nothing happened in {START_SECONDS} s:\n{self.stderr}"
+            assert time.monotonic() < end, f"nothing happened in {PATIENCE} s:\n{self.stderr}"
             time.sleep(0.02)
 
     def workers(self) -> list[psutil.Process]:
@@ -78,11 +76,11 @@ class TrainProcess:
         self.family |= {process.pid: process for process in below}
         return below
 
-    def finish(self, seconds: float = 240) -> int:
+    def finish(self, seconds: float = PATIENCE) -> int:
         """The exit code."""
         return self.process.wait(seconds)
 
-    def left(self, seconds: float = 10) -> list[str]:
+    def left(self, seconds: float = 60) -> list[str]:
         """Names of processes below the command that are still there."""
         _, alive = psutil.wait_procs(list(self.family.values()), timeout=seconds)
         found = []

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.curation_runs import STAGES, launch, make_place, tree
+from tests.end_to_end.clew import PATIENCE
 from tests.end_to_end.test_plugins import install
 
 KILLS = int(os.environ.get("CLEW_KILLS", "12"))
@@ -61,7 +62,7 @@ def victims(driver: subprocess.Popen[bytes], kind: str) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.chaos
-@pytest.mark.timeout(120 + 60 * KILLS)
+@pytest.mark.timeout(1200 + 60 * KILLS)
 def test_a_curation_survives_kills_of_everything(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     site = [str(install(tmp_path / "site", ENTRY_POINTS, MODULE))]
@@ -72,7 +73,7 @@ def test_a_curation_survives_kills_of_everything(tmp_path: Path) -> None:
         return launch(place, out, CPUS, site=site, stages=stages)
 
     quiet = start("quiet")
-    assert quiet.wait(timeout=240) == 0, quiet.stderr and quiet.stderr.read().decode()[-2000:]
+    assert quiet.wait(timeout=PATIENCE) == 0, quiet.stderr and quiet.stderr.read().decode()[-2000:]
     expected = tree(place / "quiet")
     assert sorted(log.read_text().split()) == [str(n) for n in range(FRAGMENTS)]
 
@@ -112,5 +113,5 @@ def test_a_curation_survives_kills_of_everything(tmp_path: Path) -> None:
     assert killed["worker"] > 0
 
     before = log.read_text()
-    assert start("out").wait(timeout=120) == 0
+    assert start("out").wait(timeout=PATIENCE) == 0
     assert log.read_text() == before  # a finished curation does no work again

@@ -95,7 +95,7 @@ def test_interrupted_run_leaves_nothing_and_goes_on(
     run.wait_for(lambda: run.step() >= EVERY + 3)
     run.remember()
     run.process.send_signal(signal.SIGINT)
-    assert run.finish(60) == 130, run.stderr
+    assert run.finish() == 130, run.stderr
     assert "clew train train.yaml --resume" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.left() == []
@@ -116,11 +116,11 @@ def test_killed_driver_and_resume(corpus: str, tmp_path: Path, undisturbed: list
     run.process.kill()
     run.finish()
     # Its workers notice that it is gone. (Ray's own agents may outlive a driver that had no chance to stop them.)
-    assert [name for name in run.left(30) if "Train" in name] == []
+    assert [name for name in run.left() if "Train" in name] == []
     assert run.step() < STEPS
 
     refused = start(fields)
-    assert refused.finish(120) == 2
+    assert refused.finish() == 2
     assert "--resume" in refused.stderr
 
     again = start(fields, "--resume")

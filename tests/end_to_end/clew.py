@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Seconds until something that is waited for counts as hanging: a hundred times what it takes, as Ray alone may need
+# minutes to start on a machine that has much else to do.
+PATIENCE = 500
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -17,7 +20,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **extra}
 
 
-def clew(*words: str, cwd: Path | str, timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+def clew(*words: str, cwd: Path | str, timeout: float = PATIENCE, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run `clew WORDS...` and return its exit code and output; `extra` are environment variables."""
     command = [sys.executable, "-m", "cl.cli", *words]
     return subprocess.run(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.end_to_end.clew import ROOT, clew, environment, sentence
+from tests.end_to_end.clew import PATIENCE, ROOT, clew, environment, sentence
 from tests.end_to_end.small_corpora import write_text_corpus
 
 # A Ray that cannot be reached: what starts or attaches to Ray fails with this address and not with its sentence.
@@ -141,13 +141,13 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_resume(tmp_path: Path) -> None
         text=True,
     )
     metrics = tmp_path / "model" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 20):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert err.strip().splitlines()[-1].endswith(f"clew train {name} --resume")
     assert "Traceback" not in err

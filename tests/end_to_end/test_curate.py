@@ -29,6 +29,7 @@ from pipelines.remove import remove
 from pipelines.verify import verify
 from tests.curation_corpora import Sample, image_corpus, picture, text_corpus
 from tests.curation_runs import STAGES, config, launch, make_place, tree
+from tests.end_to_end.clew import PATIENCE
 from tests.training_corpus import tiny_run
 from tests.unit.test_curation_plan import checkpoint
 
@@ -163,16 +164,16 @@ def test_ctrl_c_says_how_to_resume_and_leaves_no_process(place: Path) -> None:
     import psutil
 
     process = launch(place, "interrupted", cpus=1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not list((place / "interrupted" / ".nodes").rglob("*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode not in (0, None)
     assert "the same command resumes it" in errors.decode()
     assert json.loads((place / "interrupted" / "run.json").read_text())["status"] == "interrupted"
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    gone, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert gone
 

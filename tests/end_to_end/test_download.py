@@ -25,6 +25,7 @@ from pipelines.remove import remove
 from pipelines.verify import verify
 from tests.curation_corpora import picture
 from tests.curation_runs import ROOT, tree
+from tests.end_to_end.clew import PATIENCE
 from tests.web_server import Web
 
 FETCH = {
@@ -120,7 +121,7 @@ def test_a_killed_run_goes_on_and_asks_for_no_finished_shard_again(web: Web, tmp
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         while len(list((tmp_path / "killed").glob(".ingest/*.json"))) < 2 or not web.asked["/image/8.jpg"]:
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -24,6 +24,7 @@ from cl.corpus import open_corpus, sample_id
 from cl.errors import DataError
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.sample import sample_dir
+from tests.end_to_end.clew import PATIENCE
 
 PLANTED = json.loads((sample_dir() / "planted.json").read_text())
 IMAGE_DEFECTS = [row for row in PLANTED if not row["shard"].startswith("text/")]
@@ -167,7 +168,7 @@ def test_killed_in_mid_run_and_started_again_gives_the_same_bytes(ray_session: N
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(inputs), str(killed)], env=environment, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list(killed.glob(".ingest/*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ def test_every_link_and_every_path_of_the_tree_is_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_every_command_runs(tmp_path: Path) -> None:
     """`make` and `pip` set up environments and are left to the tests of packaging; here `make` must know its target."""
     for entry in ("pipelines", "configs", "Makefile", "pyproject.toml"):

@@ -16,6 +16,7 @@ from moto.server import ThreadedMotoServer
 from pipelines.write import write_sample
 from tests.curation_corpora import picture
 from tests.curation_runs import ROOT
+from tests.end_to_end.clew import PATIENCE
 
 
 @pytest.fixture
@@ -44,5 +45,5 @@ def test_the_whole_job_in_a_bucket_equals_that_on_a_disk(server: str, tmp_path: 
     environment = {**os.environ, **access, "AWS_ENDPOINT_URL": server, "PYTHONPATH": str(ROOT), "CLEW_QUIET": "1"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "tests.s3_chain", str(tmp_path), "s3://pool"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.clew import clew, environment, sentence
+from tests.end_to_end.clew import PATIENCE, clew, environment, sentence
 
 PROGRAM = """
 import json, os, sys, time, psutil
@@ -63,7 +63,7 @@ def alive(pids: list[int]) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_a_local_cluster_is_private_and_ends_with_its_block(tmp_path: Path) -> None:
     process, seen = start(tmp_path, 0)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert seen["started"]
     assert seen["cl"] == seen["here"]  # workers import the driver's packages
@@ -81,7 +81,7 @@ def test_a_local_cluster_is_private_and_ends_with_its_block(tmp_path: Path) -> N
 def test_a_signal_leaves_no_process_behind(number: signal.Signals, code: int, tmp_path: Path) -> None:
     process, seen = start(tmp_path, 60)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     # Python answers an unhandled KeyboardInterrupt by killing itself with SIGINT.
     assert process.returncode in ({-signal.SIGINT, 130, code} if number == signal.SIGINT else {code})
     assert alive(seen["children"]) == []
@@ -91,8 +91,8 @@ def test_a_signal_leaves_no_process_behind(number: signal.Signals, code: int, tm
 def test_a_killed_driver_takes_its_cluster_along(tmp_path: Path) -> None:
     process, seen = start(tmp_path, 60)
     process.kill()
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 90  # Ray's agents notice after half a minute
+    process.communicate(timeout=PATIENCE)
+    deadline = time.monotonic() + PATIENCE  # Ray's agents notice after half a minute
     while alive(seen["children"]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert alive(seen["children"]) == []
@@ -144,6 +144,6 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
         env=environment(RAY_ADDRESS="127.0.0.1:1"),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert "127.0.0.1:1" in sentence(done)

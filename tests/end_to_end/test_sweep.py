@@ -19,6 +19,7 @@ from cl.errors import ClewError, ConfigError
 from cl.sweeps.config import SweepConfig
 from cl.sweeps.result import TrialResult
 from cl.sweeps.run import sweep
+from tests.end_to_end.clew import PATIENCE
 from tests.end_to_end.small_corpora import write_text_corpus
 
 TEXT_TOWER = {
@@ -108,7 +109,7 @@ def test_a_killed_driver_goes_on_without_redoing_finished_trials(tmp_path: Path)
     out = tmp_path / "sweep"
 
     driver = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not any(trial.status == "finished" for trial in trial_files(out).values()):
         assert driver.poll() is None, "the sweep ended before it could be killed"
         assert time.monotonic() < deadline
@@ -121,7 +122,7 @@ def test_a_killed_driver_goes_on_without_redoing_finished_trials(tmp_path: Path)
     finished = [name for name, trial in trial_files(out).items() if trial.status == "finished"]
     assert 1 <= len(finished) < 3
     trained = {path: path.stat().st_mtime_ns for name in finished for path in [out / "trials" / name / "metrics.jsonl"]}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     result = storage.read_json(str(out / "sweep.json"))
     assert [trial["status"] for trial in result["trials"]] == ["finished"] * 3

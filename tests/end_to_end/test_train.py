@@ -14,7 +14,7 @@ from cl.config import parse_config
 from cl.training.config import TrainConfig
 from cl.training.metrics import read_metrics
 from cl.training.run import train
-from tests.end_to_end.clew import clew, environment, sentence
+from tests.end_to_end.clew import PATIENCE, clew, environment, sentence
 from tests.training_corpus import tiny_run, write_corpus
 
 
@@ -49,7 +49,7 @@ def test_ray_train_and_torchrun_equal_one_process(corpus: str, tmp_path: Path) -
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert started.returncode == 0, started.stderr

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cl.engine.collectives import Layout
-from cl.engine.evaluation import MAIN, Cut, Evaluation, each, rows_of
+from cl.engine.evaluation import MAIN, Cut, Evaluation, by_layout, each, rows_of
 from cl.engine.products import accumulation_type, add_product_
 from cl.engine.reduction import Reduction
 from cl.engine.rule import Tiler
@@ -74,6 +73,8 @@ class Adjoint:
             self._complete(self.produced[0])
             self._to_scores(tilers)
         self._inputs()
+        for exchange in self.evaluation.brought.values():
+            exchange.release()
         return self
 
     def _finish(self) -> None:
@@ -115,27 +116,24 @@ class Adjoint:
             total += grad
 
     def _complete(self, keys: Sequence[Key]) -> None:
-        """All later passes have added their share: let every worker know the adjoints of all rows."""
-        layouts: dict[Layout, list[Key]] = {}
-        for key in keys:
-            layouts.setdefault(self.evaluation.columns[key[1]].layout, []).append(key)
-        for layout, several in layouts.items():
+        """All later passes have added their share: let every worker know the adjoints of all rows that columns of its
+        tiles were reduced to.
+        """
+        reduced = [key for key in keys if self.finished[key].by_column]
+        for layout, several in by_layout(reduced, self.evaluation.columns):
             complete = layout.complete([self.adjoint[key] for key in several])
             self.everyone |= dict(zip(several, complete, strict=True))
 
     def _to_statistics(self, number: int, tiler: Tiler) -> None:
         """From the adjoints of one pass to those of the statistics that it reads."""
         run = self.evaluation
-        readable = [
-            key
-            for key in self.finished
-            if key[0] not in run.rule.stopped and key not in self.produced[number] and key not in self.inputs
-        ]
+        earlier = [key for keys in self.produced[:number] for key in keys]
+        readable = [key for key in earlier if key[0] not in run.rule.stopped]
         if not readable:  # what the pass reads is constant
             return
-        sums = {key: torch.zeros_like(self.finished[key].everyone.value) for key in readable}
+        sums = self._nothing(readable)
         for views, comparisons in run.groups():
-            for cut in run.cuts(run.exchanges(views, self.values), self.values, comparisons):
+            for cut in run.cuts(views, self.values, comparisons):
                 with torch.enable_grad():
                     leaves = self._leaves(cut, readable)
                     total = self._surrogates(cut, run.scores(cut, self.values), leaves, [tiler])
@@ -145,10 +143,9 @@ class Adjoint:
     def _to_scores(self, tilers: Sequence[Tiler]) -> None:
         """From the adjoints of all passes to embeddings and parameters; of what tiles read, inputs alone are left."""
         run = self.evaluation
-        sums = {key: torch.zeros_like(self.finished[key].everyone.value) for key in self.inputs}
+        sums = self._nothing(self.inputs)
         for views, comparisons in run.groups():
-            exchanges = run.exchanges(views, self.values, accumulate=True)
-            for cut in run.cuts(exchanges, self.values, comparisons):
+            for cut in run.cuts(views, self.values, comparisons, accumulate=True):
                 with torch.enable_grad():
                     leaves = self._leaves(cut, self.inputs)
                     scores = _Scores(self, cut)
@@ -158,9 +155,9 @@ class Adjoint:
                 self._take_statistics(cut, leaves, grads, sums)
                 scores.take(grads[len(statistics) :])
                 self._take({}, grads[len(statistics) + len(scores.leaves) :])
-            for view, exchange in exchanges.items():
+            for view in views:
                 if view in self.embeddings:
-                    self.embeddings[view] += exchange.gradient()
+                    self.embeddings[view] += run.brought[view].gradient()
         self._home(sums)
 
     def _leaves(self, cut: Cut, readable: Sequence[Key]) -> Leaves:
@@ -190,10 +187,16 @@ class Adjoint:
                 if leaf.requires_grad:
                     into[name, view][at] += next(found)
 
+    def _nothing(self, keys: Sequence[Key]) -> dict[Key, Tensor]:
+        """Zeros for the adjoints of all workers' rows."""
+        everyone = {key: self.finished[key].everyone for key in keys}
+        return {key: torch.zeros_like(part.value) for key, part in everyone.items() if part is not None}
+
     def _home(self, sums: Mapping[Key, Tensor]) -> None:
         """Bring the column adjoints to the workers that own them."""
-        for key, value in sums.items():
-            self.adjoint[key] += self.evaluation.columns[key[1]].layout.reduce_scatter(value)
+        for layout, keys in by_layout(sums, self.evaluation.columns):
+            for key, value in zip(keys, layout.reduce_scatter_together([sums[key] for key in keys]), strict=True):
+                self.adjoint[key] += value
 
     def _surrogates(
         self,
@@ -218,6 +221,7 @@ class Adjoint:
         at = cut.i if by_row else cut.at
         done = self.finished[key]
         part = done.local if by_row else done.everyone
+        assert part is not None
         adjoint = (self.adjoint if by_row else self.everyone)[key][at]
         counts = tile.counts(reduction)
 

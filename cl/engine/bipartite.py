@@ -152,12 +152,16 @@ class Bipartite:
         """The weighted mean [] over all workers' samples of local terms [B]."""
         return self.workers.all_reduce((self.weight * terms.where(self.weight > 0, 0)).sum()) * self.inverse
 
-    def tiles(self, anchors: Tensor, candidates: Tensor | ColumnExchange) -> Iterator[Tile]:
-        """Every tile once; every worker has at least one of each block."""
+    def bring(self, candidates: Tensor) -> ColumnExchange:
+        """The exchange that brings everyone's candidates here, in every sweep of the step."""
+        return ColumnExchange(candidates, self.layout, self.exchange)
+
+    def tiles(
+        self, anchors: Tensor, candidates: ColumnExchange, accumulate: torch.dtype | None = None
+    ) -> Iterator[Tile]:
+        """Every tile once; every worker has at least one of each block. See `ColumnExchange.blocks`."""
         number = 0
-        if isinstance(candidates, Tensor):
-            candidates = ColumnExchange(candidates, self.layout, self.exchange)
-        for block in candidates:
+        for block in candidates.blocks(accumulate):
             band = None
             for i, j in self.tiling.cut(len(anchors), len(block.values)):
                 if j != band:
@@ -172,22 +176,21 @@ class Gradients:
     """Collects the gradients of both sides while a sweep hands in the slopes of each tile.
 
     Args:
+        anchors: this worker's [B, D].
+        candidates: as the forward sweep brought them.
         trained: whether the anchors' and the candidates' gradients are wanted; one that is not costs no product. Where
             neither is, the anchors' is computed for the sake of the scale.
     """
 
-    def __init__(self, run: Bipartite, anchors: Tensor, candidates: Tensor, trained: tuple[bool, bool]) -> None:
+    def __init__(self, run: Bipartite, anchors: Tensor, candidates: ColumnExchange, trained: tuple[bool, bool]) -> None:
         self.run, self.anchors, self.candidates = run, anchors, candidates
         self.kind = accumulation_type(anchors.dtype)
         self.to_candidates = trained[1]
         self.to_anchors = trained[0] or not trained[1]
         self.d_anchors = torch.zeros(anchors.shape, dtype=self.kind, device=anchors.device) if self.to_anchors else None
-        self.exchange = ColumnExchange(
-            candidates, run.layout, run.exchange, accumulate=self.kind if self.to_candidates else None
-        )
 
     def tiles(self) -> Iterator[Tile]:
-        return self.run.tiles(self.anchors, self.exchange)
+        return self.run.tiles(self.anchors, self.candidates, self.kind if self.to_candidates else None)
 
     def add_(self, tile: Tile, slope: Tensor) -> None:
         """Take d/d(scores) [m, n] of a tile to both sides; in the embeddings' type, summed in the accumulation type."""
@@ -199,9 +202,10 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """After the sweep: of the anchors [B, D] and candidates [B, D], and this worker's part of sum_ij slope s_ij."""
-        d_candidates = self.exchange.gradient() if self.to_candidates else None
+        self.candidates.release()
+        d_candidates = self.candidates.gradient() if self.to_candidates else None
         # sum_ij slope_ij <a_i, c_j> is <a_i, its gradient>: the temperature costs no product of its own.
         if self.d_anchors is not None:
             return self.d_anchors, d_candidates, (self.anchors * self.d_anchors).sum()
         assert d_candidates is not None
-        return None, d_candidates, (self.candidates * d_candidates).sum()
+        return None, d_candidates, (self.candidates.values * d_candidates).sum()

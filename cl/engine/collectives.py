@@ -139,6 +139,16 @@ class Layout:
         dist.reduce_scatter_single(out, value.contiguous(), group=self.workers.group)
         return out[: self.rows[self.workers.rank]]
 
+    def reduce_scatter_together(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """`reduce_scatter` of several values [N, ...] by one collective."""
+        if self.workers.size == 1 or len(values) < 2:
+            return [self.reduce_scatter(value) for value in values]
+        flat = [value.reshape(len(value), math.prod(value.shape[1:])) for value in values]
+        parts = self.reduce_scatter(torch.cat(flat, 1)).split([each.shape[1] for each in flat], 1)
+        return [
+            part.to(value.dtype).reshape(len(part), *value.shape[1:]) for part, value in zip(parts, values, strict=True)
+        ]
+
     def complete(self, adjoints: Sequence[Tensor]) -> list[Tensor]:
         """The adjoints of all rows, each [N, ...], from those of the rows that a worker owns."""
         return self.gather_together(adjoints)

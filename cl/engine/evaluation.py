@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -52,6 +52,7 @@ class Evaluation:
     tiling: Tiling
     workers: Workers  # over whom the loss is a mean
     clock: Clock
+    brought: dict[str, ColumnExchange] = field(default_factory=dict)  # by column view
 
     def comparisons(self) -> list[Comparison]:
         return [Comparison(*each) for each in self.rule.comparisons(list(self.columns))]
@@ -78,25 +79,24 @@ class Evaluation:
             comparisons.append(comparison)
         return list(found.values())
 
-    def exchanges(
-        self, views: Sequence[str], embeddings: Mapping[str, Tensor], accumulate: bool = False
-    ) -> dict[str, ColumnExchange]:
-        """One exchange a column view; with gradients to bring home where `accumulate` and the view is trained."""
-        made = {}
-        for view in views:
-            kind = accumulation_type(embeddings[view].dtype) if accumulate and self.columns[view].trained else None
-            made[view] = ColumnExchange(embeddings[view], self.columns[view].layout, self.exchange, kind)
-        return made
-
     def cuts(
         self,
-        exchanges: Mapping[str, ColumnExchange],
+        views: Sequence[str],
         embeddings: Mapping[str, Tensor],
         comparisons: Sequence[Comparison],
+        accumulate: bool = False,
     ) -> Iterator[Cut]:
-        """Every tile of a sweep over one group of comparisons."""
-        for blocks in zip(*exchanges.values(), strict=True):
-            by_view = dict(zip(exchanges, blocks, strict=True))
+        """Every tile of a sweep over one group of comparisons; it leaves gradients of the trained column `views` where
+        `accumulate`.
+        """
+        sweeps = []
+        for view in views:
+            if view not in self.brought:
+                self.brought[view] = ColumnExchange(embeddings[view], self.columns[view].layout, self.exchange)
+            kind = accumulation_type(embeddings[view].dtype) if accumulate and self.columns[view].trained else None
+            sweeps.append(self.brought[view].blocks(kind))
+        for blocks in zip(*sweeps, strict=True):
+            by_view = dict(zip(views, blocks, strict=True))
             for comparison in comparisons:
                 block = by_view[comparison.columns]
                 rows = len(embeddings[comparison.rows])
@@ -150,16 +150,15 @@ class Evaluation:
         )
 
     def forward_pass(
-        self, tiler: Tiler, embeddings: Mapping[str, Tensor], earlier: Mapping[Key, Finished]
+        self, tiler: Tiler, embeddings: Mapping[str, Tensor], earlier: Mapping[Key, Finished], last: bool
     ) -> dict[Key, Finished]:
-        """Sweep once and finish the statistics of one pass."""
+        """Sweep once and finish the statistics of one pass, which no other reads if it is the `last`."""
         running = Running()
         layouts = {view: columns.layout for view, columns in self.columns.items()}
         offsets = self.offsets()
         mine, everyone = self.readable(earlier, "local"), self.readable(earlier, "everyone")
         for views, comparisons in self.groups():
-            exchanges = self.exchanges(views, embeddings)
-            for cut in self.cuts(exchanges, embeddings, comparisons):
+            for cut in self.cuts(views, embeddings, comparisons):
                 row_view, column_view = cut.comparison.rows, cut.comparison.columns
                 rows, columns = rows_of(mine[row_view], cut.i), rows_of(everyone[column_view], cut.at)
                 tile = self.tile(cut, self.scores(cut, embeddings), rows, columns)
@@ -171,7 +170,7 @@ class Evaluation:
                     first = offsets[(row_view, column_view) if by_row else (column_view, row_view)]
                     first += cut.at.start if by_row else self.known(row_view, cut.i, own=True).start
                     part.add_(cut.i if by_row else cut.at, reduction, tile.counts(reduction), first)
-        return running.finish(layouts)
+        return running.finish(layouts, last)
 
     def readable(
         self, finished: Mapping[Key, Finished], which: Literal["local", "everyone"]
@@ -185,7 +184,9 @@ class Evaluation:
         for (name, view), done in finished.items():
             columns = self.columns[view]
             weight = columns.local_weight() if which == "local" else columns.known.weight
-            part: Part = getattr(done, which)
+            part: Part | None = getattr(done, which)
+            if part is None:
+                continue
             values[view][name] = _without_masked(part.value.detach(), weight)
             if part.position is not None:
                 values[view][f"{name}.index"] = part.position
@@ -254,7 +255,19 @@ def _without_masked(value: Tensor, weight: Tensor) -> Tensor:
     return value.where(keep, 0)
 
 
-def input_statistic(value: Tensor, layout: Layout) -> Finished:
-    """A per-sample input of a rule, in the form of a statistic."""
-    value = value.detach()
-    return Finished(Part("sum", value), Part("sum", layout.gather(value)))
+def by_layout(keys: Iterable[Key], columns: Mapping[str, Columns]) -> Iterator[tuple[Layout, list[Key]]]:
+    """Statistics whose rows lie with the same workers, which travel together."""
+    found: dict[Layout, list[Key]] = {}
+    for key in keys:
+        found.setdefault(columns[key[1]].layout, []).append(key)
+    yield from found.items()
+
+
+def input_statistics(values: Mapping[Key, Tensor], columns: Mapping[str, Columns]) -> dict[Key, Finished]:
+    """The per-sample inputs of a rule, in the form of statistics."""
+    finished = {}
+    for layout, keys in by_layout(values, columns):
+        local = [values[key].detach() for key in keys]
+        for key, mine, everyone in zip(keys, local, layout.gather_together(local), strict=True):
+            finished[key] = Finished(Part("sum", mine), Part("sum", everyone))
+    return {key: finished[key] for key in values}

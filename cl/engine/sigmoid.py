@@ -34,9 +34,10 @@ class Sigmoid(torch.autograd.Function):
         factor, shift = scale.to(kind), bias.to(kind)
         terms = torch.zeros(len(anchors), dtype=kind, device=anchors.device)
         d_bias = torch.zeros((), dtype=kind, device=anchors.device)
-        gradients = Gradients(run, anchors_, candidates_, ctx.needs_input_grad[:2]) if train else None
+        brought = run.bring(candidates_)
+        gradients = Gradients(run, anchors_, brought, ctx.needs_input_grad[:2]) if train else None
         with torch.autocast(anchors.device.type, enabled=False):
-            for tile in gradients.tiles() if gradients else run.tiles(anchors_, candidates_):
+            for tile in gradients.tiles() if gradients else run.tiles(anchors_, brought):
                 logits = run.columns.mask_(tile.scores().mul_(factor).add_(shift), tile.rows, tile.columns)
                 tile.own(logits).neg_()
                 terms[tile.rows] += softplus_sums(logits)

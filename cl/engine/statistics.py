@@ -167,10 +167,11 @@ def _complete_top_(part: Part, workers: Workers) -> None:
 
 @dataclass
 class Finished:
-    """A finished statistic: this worker's rows, and all workers' where columns are read or reduced."""
+    """A finished statistic: this worker's rows, and all workers' unless nobody will read them."""
 
     local: Part
-    everyone: Part
+    everyone: Part | None
+    by_column: bool = False  # whether any tile reduced its columns to it
 
 
 @dataclass
@@ -186,8 +187,10 @@ class Running:
             parts[key] = Part.empty(reduction, rows)
         return parts[key]
 
-    def finish(self, layouts: dict[str, Layout]) -> dict[Key, Finished]:
-        """Complete over the workers and merge row with column parts."""
+    def finish(self, layouts: dict[str, Layout], last: bool) -> dict[Key, Finished]:
+        """Complete over the workers and merge row with column parts; what rows alone were reduced to in the `last` pass
+        stays where it is.
+        """
         # Every worker sees the same names in the same order: collectives must match.
         keys = list(dict.fromkeys([*self.row_parts, *self.column_parts]))
         if keys:
@@ -198,11 +201,12 @@ class Running:
             layout, row, column = layouts[key[1]], self.row_parts.get(key), self.column_parts.get(key)
             if row is None:
                 assert column is not None
-                finished[key] = Finished(column.select(layout.local), column)
+                finished[key] = Finished(column.select(layout.local), column, by_column=True)
             else:
                 local = row if column is None else row.merged(column.select(layout.local))
-                finished[key] = Finished(local, local)
-                rows.setdefault(layout, []).append(key)
+                finished[key] = Finished(local, None, by_column=column is not None)
+                if column is not None or not last:
+                    rows.setdefault(layout, []).append(key)
         for layout, several in rows.items():
             everyone = iter(layout.gather_together([t for key in several for t in finished[key].local.tensors()]))
             for key in several:

@@ -1,8 +1,8 @@
 """How a sweep over all rows x all columns is cut and how columns come from other workers.
 
-`gather`: all workers' columns are collected once and their gradients reduce-scattered at the end. `ring`: one worker's
-columns at a time visit every worker, and their gradient travels with them. `local`: own columns only. All give the
-same result; they differ in memory (all columns, two blocks, one block) and in traffic.
+`gather`: all workers' columns are collected once a step and their gradients reduce-scattered at the end. `ring`: one
+worker's columns at a time visit every worker, and their gradient travels with them. `local`: own columns only. All
+give the same result; they differ in memory (all columns, two blocks, one block) and in traffic.
 """
 
 from __future__ import annotations
@@ -66,44 +66,50 @@ class Block:
 
 
 class ColumnExchange:
-    """Brings all columns of a layout past this worker, block by block, and their gradients home.
+    """Brings all columns of a layout past this worker, block by block, in every sweep of a step.
 
     Args:
         values: this worker's columns [B, D].
         layout: how many columns each worker holds.
-        exchange: `ring` circulates blocks; otherwise the layout's columns are gathered.
-        accumulate: type of the gradients, or None for a sweep without gradients.
+        exchange: `ring` circulates blocks; otherwise the layout's columns are gathered, and kept for the next sweep
+            until `release`.
     """
 
-    def __init__(
-        self, values: Tensor, layout: Layout, exchange: Exchange, accumulate: torch.dtype | None = None
-    ) -> None:
-        self.values, self.layout, self.accumulate = values.detach(), layout, accumulate
+    def __init__(self, values: Tensor, layout: Layout, exchange: Exchange) -> None:
+        self.values, self.layout = values.detach(), layout
         self.ring = exchange == "ring" and layout.workers.size > 1 and not isinstance(layout, Replicated)
+        self._gathered: Tensor | None = None
         self._gradient = values.new_empty(0)
 
-    def __iter__(self) -> Iterator[Block]:
+    def blocks(self, accumulate: torch.dtype | None = None) -> Iterator[Block]:
+        """One sweep. `accumulate` is the type of the gradients that it leaves; None for a sweep without."""
         if not self.ring:
-            gathered = self.layout.gather(self.values)
-            self._gradient = self._zeros(len(gathered))
-            yield Block(0, gathered, self._gradient)
+            if self._gathered is None:
+                self._gathered = self.layout.gather(self.values)
+            self._gradient = self._zeros(len(self._gathered), accumulate)
+            yield Block(0, self._gathered, self._gradient)
             return
-        self._gradient = self._zeros(max(self.layout.rows))
+        self._gradient = self._zeros(max(self.layout.rows), accumulate)
         for hop, (owner, (block,)) in enumerate(self.layout.ring(self.values)):
-            if hop and self.accumulate is not None:
+            if hop and accumulate is not None:
                 self._gradient = self.layout.pass_on(self._gradient)
             yield Block(sum(self.layout.rows[:owner]), block, self._gradient[: len(block)])
 
-    def _zeros(self, rows: int) -> Tensor:
-        if self.accumulate is None:
+    def _zeros(self, rows: int, kind: torch.dtype | None) -> Tensor:
+        if kind is None:
             return self.values.new_empty(0)
-        return torch.zeros(rows, *self.values.shape[1:], dtype=self.accumulate, device=self.values.device)
+        return torch.zeros(rows, *self.values.shape[1:], dtype=kind, device=self.values.device)
 
     def gradient(self) -> Tensor:
-        """After the sweep: the gradient [B, D] of this worker's columns, summed over all workers."""
+        """After a sweep with gradients: that of this worker's columns [B, D], summed over all workers."""
+        gradient, self._gradient = self._gradient, self.values.new_empty(0)
         if not self.ring:
-            return self.layout.reduce_scatter(self._gradient)
-        return self.layout.pass_on(self._gradient)[: len(self.values)]
+            return self.layout.reduce_scatter(gradient)
+        return self.layout.pass_on(gradient)[: len(self.values)]
+
+    def release(self) -> None:
+        """Let go of what was gathered: the loss, and with it this, may live on for long after the step."""
+        self._gathered = None
 
 
 def repeated_content(content: Tensor) -> Tensor:

@@ -47,12 +47,13 @@ class SymmetricInfoNCE(torch.autograd.Function):
         anchors, candidates = run.clean(anchors), run.clean(candidates)
         factor = scale.to(kind)
         kept: dict[int, Tensor] = {}  # by number of the tile
+        brought = run.bring(candidates)
         room = run.tiling.keep * 2**20 if any(ctx.needs_input_grad) else 0
         with torch.autocast(anchors.device.type, enabled=False):
             own = factor * (anchors.to(kind) * candidates.to(kind)).sum(1)
             everyone = layout.gather(own)
             row_gap, column_gap = torch.full_like(own, -torch.inf), torch.full_like(everyone, -torch.inf)
-            for tile in run.tiles(anchors, candidates):
+            for tile in run.tiles(anchors, brought):
                 i, j = tile.rows, tile.columns
                 scores = _others(run, tile, factor)
                 if scores.nbytes <= room:
@@ -68,8 +69,9 @@ class SymmetricInfoNCE(torch.autograd.Function):
             row_loss, column_loss = _softplus(row_gap), _softplus(column_gap)
             loss = run.mean(forward_share * row_loss + (1 - forward_share) * column_loss[layout.local])
             pull = forward_share * row_gap.sigmoid() + (1 - forward_share) * column_gap[layout.local].sigmoid()
-        ctx.save_for_backward(anchors, candidates, factor, own, everyone, row_loss, column_loss, pull)
-        ctx.run, ctx.forward_share, ctx.scale_dtype, ctx.kept = run, forward_share, scale.dtype, kept
+        ctx.save_for_backward(anchors, factor, own, everyone, row_loss, column_loss, pull)
+        ctx.run, ctx.brought, ctx.kept = run, brought, kept
+        ctx.forward_share, ctx.dtypes = forward_share, (candidates.dtype, scale.dtype)
         positive, row_lse = own.clone(), own + row_loss
         ctx.mark_non_differentiable(positive, row_lse)
         return loss, positive, row_lse
@@ -77,7 +79,7 @@ class SymmetricInfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, candidates, factor, own, everyone, row_loss, column_loss, pull = ctx.saved_tensors
+        anchors, factor, own, everyone, row_loss, column_loss, pull = ctx.saved_tensors
         run: Bipartite = ctx.run
         # f w_i p_ij is exp(s_ij - s_ii - row_i) with the weight in row_i, which is inf without weight; columns alike.
         row = row_loss - (ctx.forward_share * run.weight).log()
@@ -85,7 +87,7 @@ class SymmetricInfoNCE(torch.autograd.Function):
         middle = _middle(own + row, everyone + column)
         if middle is not None:
             row, column = (middle - own - row).exp_(), (middle - everyone - column).exp_()
-        gradients = Gradients(run, anchors, candidates, ctx.needs_input_grad[:2])
+        gradients = Gradients(run, anchors, ctx.brought, ctx.needs_input_grad[:2])
         with torch.autocast(anchors.device.type, enabled=False):
             for tile in gradients.tiles():
                 i, j = tile.rows, tile.columns
@@ -101,8 +103,8 @@ class SymmetricInfoNCE(torch.autograd.Function):
             outer = grad * run.inverse * run.workers.averaged_by
         return (
             None if d_anchors is None else d_anchors.mul_(factor * outer).to(anchors.dtype),
-            None if d_candidates is None else d_candidates.mul_(factor * outer).to(candidates.dtype),
-            (d_scale * outer).to(ctx.scale_dtype),
+            None if d_candidates is None else d_candidates.mul_(factor * outer).to(ctx.dtypes[0]),
+            (d_scale * outer).to(ctx.dtypes[1]),
             None,
             None,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cl.engine.adjoint import Adjoint
 from cl.engine.collectives import Workers
-from cl.engine.evaluation import Evaluation, input_statistic
+from cl.engine.evaluation import Evaluation, input_statistics
 from cl.engine.rule import Rule
 from cl.engine.side import Side, columns_of
 from cl.engine.statistics import Key
@@ -93,10 +93,11 @@ class _Evaluate(torch.autograd.Function):
             embeddings[view] = value.detach().where(alive, 0)
         with torch.autocast(tensors[0].device.type, enabled=False), torch.no_grad():
             inputs = run.rule.inputs(run.samples({}, embeddings, {}, {}))
-            finished = {key: input_statistic(value, run.columns[key[1]].layout) for key, value in inputs.items()}
+            finished = input_statistics(inputs, run.columns)
             produced: list[list[Key]] = []
-            for tiler in run.rule.passes():
-                done = run.forward_pass(tiler, embeddings, finished)
+            tilers = list(run.rule.passes())
+            for number, tiler in enumerate(tilers, 1):
+                done = run.forward_pass(tiler, embeddings, finished, last=number == len(tilers))
                 produced.append(list(done))
                 finished = finished | done
             local = run.local(finished)

@@ -64,13 +64,16 @@ class Queue(nn.Module):
             layout: who holds which rows.
         """
         self._fit(content)
-        keep = layout.gather(weight) > 0
-        newest = layout.gather(embeddings)[keep][-self.size :]
+        everyones, newest, *contents = layout.gather_together(
+            [weight, embeddings, *([] if content is None else [content])]
+        )
+        keep = everyones > 0
+        newest = newest[keep][-self.size :]
         first = self.count + keep.sum() - len(newest)
         places = (first + torch.arange(len(newest), device=keep.device)) % self.size
         self.embeddings[places] = newest.to(self.embeddings.dtype)
-        if content is not None:
-            self.content[places] = layout.gather(content)[keep][-self.size :]
+        for everyones_content in contents:
+            self.content[places] = everyones_content[keep][-self.size :]
         self.filled[places] = True
         self.count += keep.sum()
 

@@ -1,12 +1,14 @@
-"""Four real gloo processes that run functions for the tests; one pool a session.
+"""Eight real gloo processes that run functions for the tests, at most four of them together; one pool a session.
 
 `pool.run(function, size, *arguments)` runs `function(workers, *arguments)` on the first `size` processes and returns
 their results in order of rank. Smaller sizes are sub-groups of the same world. `pool.run_all` keeps all processes busy
-with many such jobs: those of different sub-groups run side by side.
+with many such jobs: those of different sub-groups run side by side, so that one computes while another waits for a
+message.
 """
 
 from __future__ import annotations
 
+import io
 import multiprocessing as mp
 import os
 import pickle
@@ -16,21 +18,34 @@ from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-LARGEST = 4
-GROUPS = {1: [[0], [3], [1], [2]], 2: [[0, 1], [2, 3]], 3: [[0, 1, 2], [1, 2, 3]], 4: [[0, 1, 2, 3]]}  # by size
+PROCESSES = 8
+GROUPS = {  # by size
+    1: [[0], [3], [7], [4], [1], [2], [5], [6]],
+    2: [[0, 1], [6, 7], [2, 3], [4, 5]],
+    3: [[0, 1, 2], [5, 6, 7], [1, 2, 3], [4, 5, 6]],
+    4: [[0, 1, 2, 3], [4, 5, 6, 7]],
+}
 Job = tuple[int, tuple[Any, ...]]  # size, arguments
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
-    import torch
-    import torch.distributed as dist
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: multiprocessing would pass each through shared memory, torch as a whole archive."""
 
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is Tensor and value.dtype != torch.bfloat16:
+            return torch.from_numpy, (value.detach().numpy(),)
+        return NotImplemented
+
+
+def _serve(rank: int, store: str, pipe: Connection) -> None:
     from cl.engine.collectives import Workers
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=LARGEST)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     groups: dict[tuple[int, ...], Any] = {
         tuple(ranks): dist.new_group(ranks) for several in GROUPS.values() for ranks in several
     }
@@ -41,8 +56,9 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
             answer = True, function(workers, *arguments)
         except Exception:
             answer = False, traceback.format_exc()
-        # Plain pickle: multiprocessing's own would pass every tensor through shared memory, a file descriptor each.
-        pipe.send_bytes(pickle.dumps(answer))
+        packed = io.BytesIO()
+        _Pickler(packed).dump(answer)
+        pipe.send_bytes(packed.getvalue())
     dist.destroy_process_group()
 
 
@@ -52,7 +68,7 @@ class Pool:
         store = os.path.join(tempfile.mkdtemp(), "store")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(LARGEST):
+        for rank in range(PROCESSES):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
             process.start()

@@ -78,8 +78,8 @@ KINDS = {
 }
 ROWS = {
     "even": [(8,), (4, 4), (3, 3, 3), (2, 2, 2, 2)],
-    "uneven": [(9,), (3, 6), (5, 2, 3), (1, 4, 2, 3)],
-    "one empty": [(0, 7), (4, 0, 5), (3, 0, 2, 4)],
+    "uneven": [(9,), (3, 6), (4, 2, 3), (1, 3, 2, 3)],
+    "one empty": [(0, 8), (4, 0, 5), (3, 0, 2, 4)],
 }
 
 
@@ -87,8 +87,8 @@ ROWS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_of_each_kind_through_all_cases(pool: Pool, kind: str, evenness: str) -> None:
     cases = []
-    for rows, exchange, tile, cached in itertools.product(ROWS[evenness], ["gather", "ring"], [256, 3], [False, True]):
-        hard = (len(rows) + (exchange == "ring") + (tile == 3) + cached) % 2 == 1  # with each pair of the other choices
+    for rows, exchange, tile, cached in itertools.product(ROWS[evenness], ["gather", "ring"], [256, 5], [False, True]):
+        hard = (len(rows) + (exchange == "ring") + (tile == 5) + cached) % 2 == 1  # with each pair of the other choices
         cases.append((Case(rows, exchange, tile, cached, hard), 0))
     compare(pool, KINDS[kind], cases)
 

@@ -34,16 +34,16 @@ class Case:
 # Every pair of choices (workers, evenness, exchange, tile, cached, hard) occurs.
 CASES = [
     Case((8,), "gather", 256, True, True),
-    Case((9,), "ring", 3, False, True),
+    Case((9,), "ring", 5, False, True),
     Case((8,), "ring", 4, False, False),
-    Case((0, 7), "ring", 256, False, True),
-    Case((4, 4), "gather", 3, True, False),
+    Case((0, 8), "ring", 256, False, True),
+    Case((4, 4), "gather", 5, True, False),
     Case((3, 6), "gather", 4, True, False),
     Case((3, 3, 3), "ring", 256, True, False),
-    Case((5, 2, 3), "gather", 3, False, True),
+    Case((4, 2, 3), "gather", 5, False, True),
     Case((4, 0, 5), "ring", 4, False, True),
-    Case((1, 4, 2, 3), "ring", 256, True, True),
-    Case((3, 0, 2, 4), "gather", 3, True, False),
+    Case((1, 3, 2, 3), "ring", 256, True, True),
+    Case((3, 0, 2, 4), "gather", 5, True, False),
     Case((2, 2, 2, 2), "ring", 4, False, True),
 ]
 

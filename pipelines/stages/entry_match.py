@@ -35,8 +35,8 @@ def padded(texts: pl.Series, case: bool = False) -> pl.Series:
 
 
 @lru_cache(maxsize=4)
-def read_entries(url: str, case: bool) -> tuple[str, ...]:
-    """The entries of a file, one a line, as they are searched for: padded, each once, in the order of the file.
+def read_entries(stage: str, url: str, case: bool) -> tuple[str, ...]:
+    """The entries of a stage's file, one a line, as they are searched for: padded, each once, in the order of the file.
 
     Raises:
         ConfigError: there is no such file, it is no text, or it has no entry.
@@ -45,15 +45,15 @@ def read_entries(url: str, case: bool) -> tuple[str, ...]:
     try:
         lines = fs.cat_file(path).decode().splitlines()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"Stage 'entry_match': the list of entries {url} does not exist.") from error
+        raise ConfigError(f"Stage {stage!r}: the list of entries {url} does not exist.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"Stage 'entry_match': the list of entries {url} is not UTF-8 text.") from error
+        raise ConfigError(f"Stage {stage!r}: the list of entries {url} is not UTF-8 text.") from error
     found = padded(pl.Series(lines, dtype=pl.String), case)
     classes = word_classes()
     entries = [entry.strip() if any(classes[ord(char)] == 2 for char in entry) else entry for entry in found.to_list()]
     out = tuple(dict.fromkeys(entry for entry in entries if entry.strip()))
     if not out:
-        raise ConfigError(f"Stage 'entry_match': the list of entries {url} has no entry; it must have one a line.")
+        raise ConfigError(f"Stage {stage!r}: the list of entries {url} has no entry; it must have one a line.")
     return out
 
 
@@ -77,7 +77,7 @@ class EntryMatch(RowStage):
         return self.model_copy(update={"path": absolute(self.path)})  # workers may have another working folder
 
     def digest(self) -> str:
-        return blake3("\n".join(read_entries(self.path, self.case)).encode()).hexdigest(length=16)
+        return blake3("\n".join(read_entries(self.name, self.path, self.case)).encode()).hexdigest(length=16)
 
     def needs(self, kind: Kind) -> list[str]:
         return [self.column or text_fields(kind)[-1]]
@@ -88,7 +88,7 @@ class EntryMatch(RowStage):
     def open(self) -> Callable[[Rows], Output]:
         import ahocorasick_rs
 
-        return partial(self._match, ahocorasick_rs.AhoCorasick(read_entries(self.path, self.case)))
+        return partial(self._match, ahocorasick_rs.AhoCorasick(read_entries(self.name, self.path, self.case)))
 
     def _match(self, automaton: Any, rows: Rows) -> Output:
         texts = padded(pl.Series(rows.strings(self.needs(rows.corpus.kind)[0]), dtype=pl.String), self.case)

@@ -1,9 +1,9 @@
-"""Eight real gloo processes that run functions for the tests, at most four of them together; one pool a session.
+"""Two teams of four real gloo processes that run functions for the tests; one pool a session.
 
-`pool.run(function, size, *arguments)` runs `function(workers, *arguments)` on the first `size` processes and returns
-their results in order of rank. Smaller sizes are sub-groups of the same world. `pool.run_all` keeps all processes busy
-with many such jobs: those of different sub-groups run side by side, so that one computes while another waits for a
-message.
+`pool.run(function, size, *arguments)` runs `function(workers, *arguments)` on the first `size` processes of a team and
+returns their results in order of rank. Smaller sizes are sub-groups of the team's world. `pool.run_all` keeps all
+processes busy with many such jobs: those of different sub-groups run side by side, so that one computes while another
+waits for a message.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PROCESSES = 8
-GROUPS = {  # by size
-    1: [[0], [3], [7], [4], [1], [2], [5], [6]],
-    2: [[0, 1], [6, 7], [2, 3], [4, 5]],
-    3: [[0, 1, 2], [5, 6, 7], [1, 2, 3], [4, 5, 6]],
-    4: [[0, 1, 2, 3], [4, 5, 6, 7]],
-}
+TEAMS, SIZE = 2, 4
+GROUPS = {1: [[0], [3], [1], [2]], 2: [[0, 1], [2, 3]], 3: [[0, 1, 2], [1, 2, 3]], 4: [[0, 1, 2, 3]]}  # by size
 Job = tuple[int, tuple[Any, ...]]  # size, arguments
 
 
@@ -45,7 +40,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     from cl.engine.collectives import Workers
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
     groups: dict[tuple[int, ...], Any] = {
         tuple(ranks): dist.new_group(ranks) for several in GROUPS.values() for ranks in several
     }
@@ -65,12 +60,13 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
 class Pool:
     def __init__(self) -> None:
         context = mp.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(), "store")
-        self.pipes: list[Connection] = []
+        stores = [os.path.join(tempfile.mkdtemp(), "store") for _ in range(TEAMS)]
+        self.pipes: list[Connection] = []  # those of the first team, then those of the second
         self.processes = []
-        for rank in range(PROCESSES):
+        for number in range(TEAMS * SIZE):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
+            place = number % SIZE, stores[number // SIZE], theirs
+            process = context.Process(target=_serve, args=place, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -86,32 +82,33 @@ class Pool:
             AssertionError: a job failed on a worker.
         """
         counts = dict.fromkeys(GROUPS, 0)
-        sent: list[list[int]] = []
+        sent: list[list[Connection]] = []
         for size, arguments in jobs:
-            ranks = GROUPS[size][counts[size] % len(GROUPS[size])]
+            turn, team = divmod(counts[size], TEAMS)
+            ranks = GROUPS[size][turn % len(GROUPS[size])]
             counts[size] += 1
-            sent.append(ranks)
-            for rank in ranks:
-                self.pipes[rank].send((function, tuple(ranks), arguments))
+            sent.append([self.pipes[team * SIZE + rank] for rank in ranks])
+            for pipe in sent[-1]:
+                pipe.send((function, tuple(ranks), arguments))
         waiting = iter(sent)
         try:
-            for ranks in waiting:
-                answers = self._answers(ranks, seconds)
+            for pipes in waiting:
+                answers = self._answers(pipes, seconds)
                 for place, (right, value) in enumerate(answers):
                     if not right:
-                        raise AssertionError(f"worker {place} of {len(ranks)} failed:\n{value}")
+                        raise AssertionError(f"worker {place} of {len(pipes)} failed:\n{value}")
                 yield [value for _, value in answers]
         finally:
-            for ranks in waiting:  # whoever is next must find the pipes empty
-                self._answers(ranks, seconds)
+            for pipes in waiting:  # whoever is next must find the pipes empty
+                self._answers(pipes, seconds)
 
-    def _answers(self, ranks: list[int], seconds: float) -> list[tuple[bool, Any]]:
+    def _answers(self, pipes: list[Connection], seconds: float) -> list[tuple[bool, Any]]:
         answers: list[tuple[bool, Any]] = []
-        for place, rank in enumerate(ranks):
-            if not self.pipes[rank].poll(seconds):
+        for place, pipe in enumerate(pipes):
+            if not pipe.poll(seconds):
                 failures = "\n".join(value for right, value in answers if not right)
-                raise TimeoutError(f"worker {place} of {len(ranks)} did not answer; others failed with:\n{failures}")
-            answers.append(pickle.loads(self.pipes[rank].recv_bytes()))
+                raise TimeoutError(f"worker {place} of {len(pipes)} did not answer; others failed with:\n{failures}")
+            answers.append(pickle.loads(pipe.recv_bytes()))
         return answers
 
     def close(self) -> None:

@@ -53,12 +53,20 @@ class ParallelConfig(Config):
 
 
 class WorkersConfig(Config):
-    """Who trains. Under torchrun, torchrun decides and this section is not used."""
+    """Who trains. Under torchrun, torchrun decides how many, and starts lost ones anew."""
 
     count: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process, without Ray")
     cpus: float = Field(1, gt=0, description="cores reserved for each worker")
     gpus: int | None = Field(None, ge=0, le=1, description="GPUs a worker; null: one each if the cluster has enough")
     max_failures: int = Field(3, ge=0, description="how often lost workers are replaced before the run fails")
+    stall_seconds: float = Field(
+        300, gt=0, description="a step that takes longer is told, with who holds it up and where"
+    )
+    timeout_seconds: int = Field(
+        1800,
+        ge=1,
+        description="a collective that a worker does not reach fails after as long, and all start anew",
+    )
 
 
 class CheckpointsConfig(Config):

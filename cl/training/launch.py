@@ -58,7 +58,9 @@ def launch(cfg: TrainConfig, callbacks: Sequence[Any] = ()) -> None:
         trainer = _Trainer(
             _ray_worker,
             train_loop_config={"config": absolute(cfg).model_dump(mode="json")},
-            torch_config=TorchConfig(backend="nccl" if _gpus(cfg, session) else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if _gpus(cfg, session) else "gloo", timeout_s=cfg.workers.timeout_seconds
+            ),
             scaling_config=_scaling(cfg, session),
             run_config=RunConfig(
                 name=f"train-{config_digest(cfg)}",

@@ -44,6 +44,7 @@ from cl.training.place import own_device, torchrun_group
 from cl.training.precision import cast
 from cl.training.randomness import seed_everything
 from cl.training.schedule import learning_rate
+from cl.training.stall import StallWatch
 from cl.training.state import RunState
 from cl.training.step import StepOutput, TrainStep, forward_backward
 from cl.training.stopwatch import Stopwatch
@@ -69,7 +70,7 @@ def train_worker(cfg: TrainConfig, report: Report | None = None, workers: Worker
     Raises:
         ClewError: a config, corpus or checkpoint that cannot be used, or a loss that is not finite.
     """
-    with torchrun_group():
+    with torchrun_group(cfg.workers.timeout_seconds):
         return _Run(cfg, workers or Workers.current(), own_device(), report).train()
 
 
@@ -130,9 +131,13 @@ class _Run:
             callback.on_start(progress)
         watch = Stopwatch(state.seconds, progress.samples)
         url = storage.join(cfg.checkpoint_url, f"step-{state.step:08d}")
-        with contextlib.closing(typing.cast("Generator[Batch]", iter(self._loader()))) as batches:
+        with (
+            StallWatch(cfg.out, self.workers.rank, self.workers.size, cfg.workers.stall_seconds) as stall,
+            contextlib.closing(typing.cast("Generator[Batch]", iter(self._loader()))) as batches,
+        ):
             while state.step < self.length.steps and not progress.stop:
                 step = state.step + 1
+                stall.beat(step)
                 if self.locks.set_(self._clock()):
                     del module  # two wrappers would both average the gradients
                     module = self._wrapped()

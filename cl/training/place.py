@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,11 +30,12 @@ def own_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def torchrun_group() -> Iterator[None]:
-    """The process group of a torchrun worker for the length of the block."""
+def torchrun_group(timeout_seconds: int) -> Iterator[None]:
+    """The process group of a torchrun worker for the length of the block; `timeout_seconds` of its collectives."""
     own = under_torchrun() and not dist.is_initialized()
     if own:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         yield
     finally:

@@ -107,6 +107,24 @@ def test_interrupted_run_leaves_nothing_and_goes_on(
     assert_same_curve(out, undisturbed)
 
 
+def test_a_worker_that_hangs_is_named_and_replaced(
+    corpus: str, tmp_path: Path, undisturbed: list[dict[str, Any]], start: Start
+) -> None:
+    """A stopped process keeps its connections: only time tells that it will not come."""
+    out = tmp_path / "run"
+    patience = {"count": 2, "stall_seconds": 3, "timeout_seconds": 20}
+    run = start(tiny_run(corpus, out, **FIELDS | {"workers": patience}))
+    run.wait_for(lambda: run.step() >= EVERY + 3)
+    stopped = run.workers()[1]
+    stopped.suspend()
+    assert run.finish() == 0, run.stderr
+    assert f"(process {stopped.pid} on " in run.stderr.split("does not answer")[0].rsplit("Step", 1)[1]
+    assert "waits for the others in cl/" in run.stderr
+    assert storage.read_json(str(out / "summary.json"))["resumed_from"] >= EVERY
+    assert_same_curve(out, undisturbed)
+    assert run.left() == []
+
+
 def test_killed_driver_and_resume(corpus: str, tmp_path: Path, undisturbed: list[dict[str, Any]], start: Start) -> None:
     out = tmp_path / "run"
     fields = tiny_run(corpus, out, **FIELDS)

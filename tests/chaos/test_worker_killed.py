@@ -112,7 +112,7 @@ def test_a_worker_that_hangs_is_named_and_replaced(
 ) -> None:
     """A stopped process keeps its connections: only time tells that it will not come."""
     out = tmp_path / "run"
-    patience = {"count": 2, "stall_seconds": 3, "timeout_seconds": 20}
+    patience = {"count": 2, "stall_seconds": 3, "timeout_seconds": 10}
     run = start(tiny_run(corpus, out, **FIELDS | {"workers": patience}))
     run.wait_for(lambda: run.step() >= EVERY + 3)
     stopped = run.workers()[1]

@@ -201,7 +201,8 @@ def test_they_are_used(site: str, tmp_path: Path) -> None:
     assert (figure["metric"], figure["value"]) == ("rows/count", 32)
 
     # Without the package the same configs are refused in one sentence.
-    assert "No tower is called 'bag'" in sentence(clew("train", "train.yaml", cwd=tmp_path))
+    assert "No arrangement is called 'turned'" in sentence(clew("train", "train.yaml", cwd=tmp_path))
+    assert "No tower is called 'bag'" in sentence(clew("train", "train.yaml", "arrange=null", cwd=tmp_path))
 
 
 @pytest.mark.slow

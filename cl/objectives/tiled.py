@@ -77,8 +77,8 @@ class TiledObjective(Objective, Rule):
         if pairs.ids is not None:
             meta["key"] = keys_of(pairs.ids)
         views = self._view_sides(pairs, layout, meta)
-        widest = max(views, key=lambda side: side.embeddings.shape[1:].numel()).embeddings
-        exchange = self.exchanger(layout.total, widest.shape[1:].numel(), widest.element_size(), workers)
+        width = sum(side.embeddings.shape[1:].numel() for side in views)  # all are held from forward to backward
+        exchange = self.exchanger(layout.total, width, views[0].embeddings.element_size(), workers)
         own = slice(None) if exchange != "local" else layout.local
         loss, _ = evaluate(
             self,

@@ -73,7 +73,11 @@ class StallWatch:
         answered = {rank: note for rank, note in notes.items() if note.get("step") == step}
         if min(answered, default=-1) != self.rank:
             return
-        said = [f"{_name(rank, note)} does not answer" for rank, note in notes.items() if rank not in answered]
+        # Without a note a worker has not come so far, or its folder is on another machine.
+        missing = {rank: note for rank, note in notes.items() if rank not in answered}
+        said = [
+            f"{_name(rank, note)} {'does not answer' if note else 'left no note'}" for rank, note in missing.items()
+        ]
         busy = {rank: note for rank, note in answered.items() if not note["waits"]}
         said += [f"{_name(rank, note)} is in {note['where']}" for rank, note in busy.items()]
         waiting = [(rank, note) for rank, note in answered.items() if note["waits"]]

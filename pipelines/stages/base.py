@@ -161,7 +161,7 @@ class RowStage(Stage):
 
     def run(self, rows: Rows) -> Output:
         """Columns and drops of the rows of one fragment."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define run(rows), or open() for what is loaded once a worker.")
 
 
 class PixelStage(RowStage):

@@ -1,12 +1,12 @@
 """Pictures that show nothing: blank, flat, blurred.
 
     sharpness   the variance of the Laplacian (four neighbours) of the grey image, levels 0 to 255: Pech-Pacheco et al.
-                2000, "Diatom autofocusing in brightfield microscopy: a comparative study", section 2.5
+                2000, "Diatom autofocusing in brightfield microscopy: a comparative study"
     entropy     of the grey levels, in bits: 0 of one level, 8 of all levels alike
     flat        the share of the most frequent colour, told apart by 32 levels a channel: placeholders, mats, scans
 
-All are of the picture at a short side of at most 128 pixels, so that they are comparable between pictures of any size;
-what is blurred at that size is so at any size that models look at. Sharpness depends on what is shown (drawings have
+Sharpness is that of the picture at a short side of at most 128 pixels, so that it is comparable between pictures of any
+size; what is blurred at that size is so at any size that models look at. It depends on what is shown (drawings have
 hard edges, portraits few): look at the column before a threshold is set.
 """
 
@@ -16,32 +16,35 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from pydantic import Field
 
 from cl.corpus import Kind
 from pipelines.heavy import SHORT_SIDE
 from pipelines.stages.base import Output, PixelStage, Rows, reasons
-from pipelines.stages.perceptual_hash import GREY, average_to
+from pipelines.stages.perceptual_hash import GREY
 from pipelines.stages.registry import STAGES
 
 LEVELS = 32  # of a channel, for the most frequent colour
 
 
 def image_quality(pixels: np.ndarray) -> tuple[float, float, float]:
-    """Sharpness, entropy and flatness of uint8 [H, W, 3]."""
-    height, width = pixels.shape[:2]
-    scale = min(SHORT_SIDE / min(height, width), 1)
-    size = max(round(height * scale), 1), max(round(width * scale), 1)
-    small = pixels.astype(np.float32) if size == (height, width) else average_to(pixels.astype(np.float32), *size)
-    grey = small @ GREY
-    middle = grey[1:-1, 1:-1]
-    edges = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * middle
-    share = np.bincount(np.rint(grey).astype(np.int64).ravel(), minlength=256) / grey.size
+    """Sharpness, entropy [bits] and flatness [0 to 1] of uint8 [H, W, 3]."""
+    grey = pixels.astype(np.float32) @ GREY
+    share = np.bincount(np.rint(grey).astype(np.int64).ravel()) / grey.size
     present = share[share > 0]
-    step = 256 // LEVELS
-    colours = np.rint(small).astype(np.int64) // step @ np.array([LEVELS * LEVELS, LEVELS, 1])
-    sharpness = float(edges.var()) if edges.size else 0.0
-    return sharpness, float(-(present * np.log2(present)).sum()), float(np.bincount(colours.ravel()).max() / grey.size)
+    colours = pixels.astype(np.int64) * LEVELS // 256 @ np.array([LEVELS * LEVELS, LEVELS, 1])
+    height, width = grey.shape
+    scale = SHORT_SIDE / min(height, width)
+    if scale < 1:
+        size = round(width * scale), round(height * scale)
+        grey = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))
+    edges = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+    return (
+        float(edges.var()) if edges.size else 0.0,
+        float(-(present * np.log2(present)).sum()),
+        float(np.bincount(colours.ravel()).max() / colours.size),
+    )
 
 
 @STAGES.register("image_quality", "Sharpness, entropy and flatness of pictures; drop those that show nothing")

@@ -34,10 +34,10 @@ def _dct_rows(count: int, size: int) -> np.ndarray:
 _DCT = _dct_rows(LOW, SIDE)
 
 
-def average_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Shrink float32 [H, W, C] to [height, width, C] by averaging areas, parts of pixels where sizes do not divide."""
+def average_to(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Shrink float32 [H, W, C] to [side, side, C] by averaging areas, parts of pixels where sizes do not divide."""
     return np.einsum(
-        "ih,hwc,jw->ijc", _area(pixels.shape[0], height), pixels, _area(pixels.shape[1], width), optimize=True
+        "ih,hwc,jw->ijc", _area(pixels.shape[0], side), pixels, _area(pixels.shape[1], side), optimize=True
     )
 
 
@@ -58,7 +58,7 @@ def _area(size: int, side: int) -> np.ndarray:
 
 def perceptual_hash(pixels: np.ndarray) -> tuple[int, bytes]:
     """Hash (64 bits) and thumbnail (8 x 8 x 3 bytes) of uint8 [H, W, 3]."""
-    small = average_to(pixels.astype(np.float32), SIDE, SIDE)
+    small = average_to(pixels.astype(np.float32), SIDE)
     # Whole numbers: what is less than half a unit is rounding error, which must not decide the bits of a flat image.
     frequencies = np.rint(_DCT @ (small @ GREY) @ _DCT.T).ravel()
     bits = frequencies > np.median(frequencies[1:])

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds until something that is waited for counts as hanging: a hundred times what it takes, as Ray alone may need
-# minutes to start on a machine that has much else to do.
+# Seconds until something that is waited for counts as hanging: many times what it takes, as Ray alone may need minutes
+# to start on a machine that has much else to do.
 PATIENCE = 500
 
 

@@ -241,6 +241,7 @@ def test_a_run_trains_on_arranged_batches_and_a_batch_is_shown(corpus: Corpus, t
 def test_what_cannot_be_is_one_sentence(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     for fields, message in (
         ({"name": "distinkt"}, "Did you mean 'distinct'"),
+        ({"name": "distinct", "by": []}, "at least 1"),
         ({"name": "alike"}, "needs `by` to name 1 column, not 0"),
         ({"name": "alike", "by": ["x", "y"]}, "needs `by` to name 1 column, not 2"),
         ({"name": "grouped", "by": "x", "many": 3}, "many"),

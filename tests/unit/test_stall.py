@@ -49,7 +49,7 @@ def test_who_is_busy_and_who_does_not_answer(
     goes_on.set()
     for thread in threads:
         thread.join()
-    assert "worker 0 does not answer; worker 2 (process 12 on gpu-7) does not answer; worker 1 (process " in said
+    assert "worker 0 left no note; worker 2 (process 12 on gpu-7) does not answer; worker 1 (process " in said
     assert said.count("is in tests/unit/test_stall.py:") == said.count("(train)") == 2
     told = [record for record in caplog.records if "has taken" in record.getMessage()]
     assert len(told) == 1  # by one of them, once

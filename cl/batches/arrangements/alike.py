@@ -5,7 +5,7 @@
 
 Negatives of the same source or cluster cannot be told by what the source looks like, and are harder (Li et al. 2023,
 "Towards General Text Embeddings with Multi-stage Contrastive Learning", section 3.2; Morris and Rush 2024, "Contextual
-Document Embeddings", section 4.1: batches of clusters). `mixture: {homogeneous: true}` does it for corpora and for
+Document Embeddings": batches of clusters). `mixture: {homogeneous: true}` does it for corpora and for
 columns that divide row groups, with shares and without remainders; this does it for any column.
 
 With n_v samples of value v in the pool, whole steps of it are as many as fit; what is left of the values shares the
@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from cl.batches.arrangements.base import ARRANGEMENTS, Arrangement
-from cl.batches.hashing import mix, permutation
+from cl.batches.hashing import permutation
 
 
 @ARRANGEMENTS.register("alike", "each step holds samples of one value of a column, as far as they go")
@@ -25,16 +25,15 @@ class Alike(Arrangement):
     """Samples in the order of their values, cut into steps, and the steps shuffled."""
 
     def deal(self, keys: np.ndarray, home: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
-        _, value, counts = np.unique(keys[:, 0], return_inverse=True, return_counts=True)
-        drawn = mix(seed, np.arange(len(counts)))[value]  # no value is always the first
-        order = np.lexsort((np.arange(len(value)), value, drawn))
+        values, value = np.unique(keys[:, 0], return_inverse=True)
+        value = permutation(len(values), seed, 0)[value]  # no value is always the first
+        counts = np.bincount(value)
+        order = np.argsort(value, kind="stable")
         nth = np.empty(len(order), np.int64)  # how many of the same value come before
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(value[order])) + 1])
-        run = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
-        nth[order] = np.arange(len(order)) - starts[run]
+        nth[order] = np.arange(len(order)) - (np.cumsum(counts) - counts)[value[order]]
         most = int(sizes.max())
         whole = nth < counts[value] // most * most  # of a step that the value fills
-        order = np.lexsort((np.arange(len(value)), value, drawn, ~whole))
+        order = np.lexsort((value, ~whole))
         full = np.flatnonzero(sizes == most)
         places = np.concatenate([full[permutation(len(full), seed, 1)], np.flatnonzero(sizes < most)])
         step = np.empty(len(order), np.int64)

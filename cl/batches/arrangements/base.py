@@ -54,6 +54,7 @@ class ArrangeConfig(Config, extra="allow"):
     name: str = Field(description="as `clew arrangements` lists them")
     by: list[str] | None = Field(
         None,
+        min_length=1,
         description="what is compared: fields of the corpus (by what they hold), columns, or meta.FIELD; "
         "null: all fields",
     )
@@ -86,3 +87,19 @@ def build_arrangement(config: ArrangeConfig) -> Arrangement:
     """
     cls = ARRANGEMENTS[config.name]
     return cls(parse_config(cls.Config, config.model_extra or {}, where=f"arrangement {config.name!r}"))
+
+
+def fill(step: np.ndarray, home: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Place the samples that have no step yet (-1): at home where there is room, the others wherever there is.
+
+    Args:
+        step, home: [n] int64.
+        room: [steps] int64, how many each step has yet to get.
+    """
+    step, room = step.copy(), room.copy()
+    for at in range(len(room)):
+        waiting = np.flatnonzero((step < 0) & (home == at))[: room[at]]
+        step[waiting] = at
+        room[at] -= len(waiting)
+    step[step < 0] = np.repeat(np.arange(len(room)), room)
+    return step

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cl.batches.arrangements.base import ARRANGEMENTS, Arrangement
+from cl.batches.arrangements.base import ARRANGEMENTS, Arrangement, fill
 
 
 @ARRANGEMENTS.register("distinct", "no two samples of a step hold the same in any of the columns")
@@ -64,14 +64,3 @@ def _free(
         if room[step] and held[step].isdisjoint(values):
             return step
     return None
-
-
-def fill(step: np.ndarray, home: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Place the samples that have no step yet (-1): at home where there is room, the others wherever there is."""
-    step, room = step.copy(), room.copy()
-    for at in range(len(room)):
-        waiting = np.flatnonzero((step < 0) & (home == at))[: room[at]]
-        step[waiting] = at
-        room[at] -= len(waiting)
-    step[step < 0] = np.repeat(np.arange(len(room)), room)
-    return step

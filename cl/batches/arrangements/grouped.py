@@ -5,7 +5,7 @@
     arrange: {name: grouped, by: class, each: 4}
 
 A step of G samples holds G / `each` classes with `each` samples of every one, where the pool has as many ("PK
-sampling": Hermans et al. 2017, "In Defense of the Triplet Loss for Person Re-Identification", section 2). A class does
+sampling": Hermans et al. 2017, "In Defense of the Triplet Loss for Person Re-Identification"). A class does
 not come twice in a step while there are others. Samples that do not fill a group stand alone.
 """
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from cl.batches.arrangements.base import ARRANGEMENTS, Arrangement
-from cl.batches.arrangements.distinct import fill
+from cl.batches.arrangements.base import ARRANGEMENTS, Arrangement, fill
 from cl.batches.hashing import mix
 from cl.config import Config
 
@@ -49,10 +48,10 @@ class Grouped(Arrangement):
         for number in np.argsort(mix(seed, 1, np.arange(len(groups))), kind="stable"):
             members = groups[number]
             value = int(values[members[0]])
-            open_ = [at for at in np.argsort(-room, kind="stable").tolist() if room[at] >= each]
-            if not open_:
+            roomy = [at for at in np.argsort(-room, kind="stable").tolist() if room[at] >= each]
+            if not roomy:
                 break
-            found = next((at for at in open_ if value not in held[at]), open_[0])
+            found = next((at for at in roomy if value not in held[at]), roomy[0])
             step[members] = found
             room[found] -= each
             held[found].add(value)

@@ -77,6 +77,12 @@ def test_what_can_be_kept_apart_is(data: st.DataObject, steps: int, batch: int) 
     assert max(Counter(zip(dealt.tolist(), keys.tolist(), strict=True)).values()) == 1
 
 
+def test_staying_at_home_comes_after_being_apart() -> None:
+    """Where the first four stay, nothing but the last step is left for both of the last value."""
+    dealt = deal("distinct", np.array([1, 2, 1, 2, 3, 3])[:, None], [2, 2, 2])
+    assert all(dealt[i] != dealt[j] for i, j in ((0, 2), (1, 3), (4, 5)))
+
+
 def test_samples_are_distinct_in_all_columns_and_stay_where_nothing_clashes() -> None:
     rng = np.random.default_rng(0)
     keys = np.stack([rng.integers(0, 400, 640), rng.integers(1000, 1300, 640)], 1)
@@ -108,6 +114,9 @@ def test_which_step_is_of_which_value_changes_with_the_pool() -> None:
     keys = np.repeat(np.arange(6), 8)[:, None]
     orders = {tuple(keys[deal("alike", keys, [8] * 6, seed) == step, 0][0] for step in range(6)) for seed in range(8)}
     assert len(orders) > 4
+    rests = np.repeat(np.arange(4), 2)[:, None]  # two values share a step: not always the same two
+    shared = {frozenset(rests[deal("alike", rests, [4, 4], seed) == 0, 0].tolist()) for seed in range(16)}
+    assert len(shared) == 6
 
 
 def test_classes_come_in_groups() -> None:

@@ -40,6 +40,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     from cl.engine.collectives import Workers
 
     torch.set_num_threads(1)
+    os.nice(19)  # Ray runs its workers at 15, and eight busy neighbours would starve a Ray that is tested meanwhile
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
     groups: dict[tuple[int, ...], Any] = {
         tuple(ranks): dist.new_group(ranks) for several in GROUPS.values() for ranks in several

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.end_to_end.clew import PATIENCE
+
 TEAMS, SIZE = 2, 4
 GROUPS = {1: [[0], [3], [1], [2]], 2: [[0, 1], [2, 3]], 3: [[0, 1, 2], [1, 2, 3]], 4: [[0, 1, 2, 3]]}  # by size
 Job = tuple[int, tuple[Any, ...]]  # size, arguments
@@ -72,11 +74,13 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], size: int, *arguments: Any, seconds: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], size: int, *arguments: Any, seconds: float = PATIENCE) -> list[Any]:
         (answers,) = self.run_all(function, [(size, arguments)], seconds)
         return answers
 
-    def run_all(self, function: Callable[..., Any], jobs: Sequence[Job], seconds: float = 120) -> Generator[list[Any]]:
+    def run_all(
+        self, function: Callable[..., Any], jobs: Sequence[Job], seconds: float = PATIENCE
+    ) -> Generator[list[Any]]:
         """The answers of each job, in the order of the jobs.
 
         Raises:
